@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("memory_backends", "model", "suites", "reports")
+ROOMS = ("memory_backends", "model", "pretrained", "suites", "reports")
 MAY_IMPORT = {
     "memory_backends": {"memory_backends"},
     "model": {"model", "memory_backends"},
+    "pretrained": {"pretrained", "model", "memory_backends"},
     # The comparison ends by writing its report: it hands a folder to `reports`, which knows nothing of the suites.
-    "suites": {"suites", "model", "memory_backends", "reports"},
+    "suites": {"suites", "pretrained", "model", "memory_backends", "reports"},
     "reports": {"reports"},
 }
 LINES_AT_MOST = 500
