@@ -7,7 +7,6 @@ S taps of the convolution.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as functional
@@ -15,46 +14,14 @@ from torch import Tensor, nn
 
 from recollect.model.configuration import ModelConfig
 from recollect.model.gates import make_gate
+from recollect.model.local_attention import LayerState, advance, local_logits
 from recollect.model.memory_layer import LayerMemory
 from recollect.model.position_bias import RelativePositionBias
 
+__all__ = ["Attention", "LayerState", "QueryKeyConvolution"]
+
 INITIAL_NORMALISED_SCALE = 8.0
 """Logit scale at the start where queries and keys have length 1; a cosine of 1 then weighs e^8 times a cosine of 0."""
-
-
-@dataclass
-class LayerState:
-    """What one layer carries from segment to segment; never part of a gradient.
-
-    cached_keys, cached_values: (B, H, X, D), the newest last.
-    cached_tokens: (B,) int64, how many of the X are real (counted from the end).
-    convolution: (B, S-1, 2*H*D), the last queries and keys before the convolution, the newest last.
-    """
-
-    cached_keys: Tensor
-    cached_values: Tensor
-    cached_tokens: Tensor
-    convolution: Tensor
-
-    @classmethod
-    def empty(cls, config: ModelConfig, batch_size: int, device: torch.device) -> LayerState:
-        cache = torch.zeros(batch_size, config.heads, config.xl_cache, config.head_dim, device=device)
-        taps = max(0, config.qk_convolution_width - 1)
-        return cls(
-            cached_keys=cache,
-            cached_values=cache.clone(),
-            cached_tokens=torch.zeros(batch_size, dtype=torch.int64, device=device),
-            convolution=torch.zeros(batch_size, taps, 2 * config.heads * config.head_dim, device=device),
-        )
-
-    def without(self, rows: Tensor) -> LayerState:
-        """The state with the rows marked in `rows` (B,) bool as they were before any token."""
-        return LayerState(
-            self.cached_keys,
-            self.cached_values,
-            self.cached_tokens.masked_fill(rows, 0),
-            self.convolution.masked_fill(rows[:, None, None], 0.0),
-        )
 
 
 class QueryKeyConvolution(nn.Module):
@@ -121,7 +88,8 @@ class Attention(nn.Module):
         first and extended afterwards, so that no token retrieves itself or its future.
         """
         queries, keys, values, convolution = self._project(hidden, state)
-        local = self._attend_locally(queries, keys, values, state)
+        near = local_logits(queries, keys, values, state, self.position_bias, self.log_scale.exp())
+        local = torch.softmax(near.logits, dim=-1) @ near.values
         if memory is not None:
             log_scale = self.log_memory_scale if self.config.separate_memory_scale else self.log_scale
             with torch.autocast(hidden.device.type, enabled=False):
@@ -130,7 +98,7 @@ class Attention(nn.Module):
             local = self.gate(local, remembered, found, hidden)
             memory.append(keys, values)
         joined = self.output(local.transpose(1, 2).flatten(2))
-        return joined, self._advance(state, keys, values, convolution)
+        return joined, advance(state, keys, values, convolution)
 
     def _project(self, hidden: Tensor, state: LayerState) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, T, D), ready to be compared, and the convolution's new past."""
@@ -148,29 +116,3 @@ class Attention(nn.Module):
             queries_and_keys = functional.normalize(queries_and_keys.float(), dim=-1)
         values = values.view(batch, tokens, heads, dim).transpose(1, 2)
         return queries_and_keys[0], queries_and_keys[1], values, convolution
-
-    def _attend_locally(self, queries: Tensor, keys: Tensor, values: Tensor, state: LayerState) -> Tensor:
-        """(B, H, T, D): attention over the cache and the segment."""
-        cached = state.cached_keys.shape[2]
-        bias = self.position_bias(queries.shape[2], cached)
-        if cached:
-            keys = torch.cat([state.cached_keys.to(keys.dtype), keys], dim=2)
-            values = torch.cat([state.cached_values.to(values.dtype), values], dim=2)
-        scaled = queries * self.log_scale.exp()[:, None, None]
-        logits = (scaled @ keys.transpose(2, 3)).float() + bias
-        if cached:
-            empty = torch.arange(cached, device=logits.device) < cached - state.cached_tokens[:, None]  # (B, X)
-            empty = functional.pad(empty, (0, logits.shape[-1] - cached))
-            logits = logits.masked_fill(empty[:, None, None, :], -torch.inf)
-        return torch.softmax(logits, dim=-1) @ values
-
-    def _advance(self, state: LayerState, keys: Tensor, values: Tensor, convolution: Tensor) -> LayerState:
-        size = state.cached_keys.shape[2]
-        if size == 0:
-            return LayerState(state.cached_keys, state.cached_values, state.cached_tokens, convolution)
-        return LayerState(
-            torch.cat([state.cached_keys, keys.detach().float()], dim=2)[:, :, -size:],
-            torch.cat([state.cached_values, values.detach().float()], dim=2)[:, :, -size:],
-            (state.cached_tokens + keys.shape[2]).clamp_max(size),
-            convolution,
-        )
