@@ -6,6 +6,7 @@ dimension, S taps of the convolution.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -43,12 +44,20 @@ class LayerState:
 
     def without(self, rows: Tensor) -> LayerState:
         """The state with the rows marked in `rows` (B,) bool as they were before any token."""
-        return LayerState(
-            self.cached_keys,
-            self.cached_values,
-            self.cached_tokens.masked_fill(rows, 0),
-            self.convolution.masked_fill(rows[:, None, None], 0.0),
+        return dataclasses.replace(
+            self,
+            cached_tokens=self.cached_tokens.masked_fill(rows, 0),
+            convolution=self.convolution.masked_fill(rows[:, None, None], 0.0),
         )
+
+    def opened(self) -> OpenLayerState:
+        """The state as the first part of a segment reads it, which then is continued and not yet complete."""
+        return OpenLayerState(**{item.name: getattr(self, item.name) for item in dataclasses.fields(self)})
+
+
+@dataclass
+class OpenLayerState(LayerState):
+    """A state within a segment (`reading.py`): its cache grows, so that the segment's later tokens see the earlier."""
 
 
 @dataclass
@@ -93,12 +102,13 @@ def local_logits(
 
 def advance(state: LayerState, keys: Tensor, values: Tensor, convolution: Tensor) -> LayerState:
     """The state after a segment of `keys` and `values` (B, H, T, D); `convolution` is the convolution's new past."""
-    size = state.cached_keys.shape[2]
+    size = state.cached_keys.shape[2] + (keys.shape[2] if isinstance(state, OpenLayerState) else 0)
     if size == 0:
-        return LayerState(state.cached_keys, state.cached_values, state.cached_tokens, convolution)
-    return LayerState(
-        torch.cat([state.cached_keys, keys.detach().float()], dim=2)[:, :, -size:],
-        torch.cat([state.cached_values, values.detach().float()], dim=2)[:, :, -size:],
-        (state.cached_tokens + keys.shape[2]).clamp_max(size),
-        convolution,
+        return dataclasses.replace(state, convolution=convolution)
+    return dataclasses.replace(
+        state,
+        cached_keys=torch.cat([state.cached_keys, keys.detach().float()], dim=2)[:, :, -size:],
+        cached_values=torch.cat([state.cached_values, values.detach().float()], dim=2)[:, :, -size:],
+        cached_tokens=(state.cached_tokens + keys.shape[2]).clamp_max(size),
+        convolution=convolution,
     )
