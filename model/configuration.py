@@ -8,10 +8,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 ACTIVATIONS = ("relu", "gelu", "squared_relu")
+GATE_NAMES = [
+    "head",
+    "token",
+    "layer",
+    "confidence",
+    "fixed",
+    "sum",
+    "mean",
+    "weighted_sum",
+    "concatenation",
+    "joint",
+]
+"""Gates that a configuration may name: those of `recollect.model.gates`, and what `register_gate` adds."""
+MEMORY_KEYS = ("key", "hidden")
+EVICTIONS = ("fifo", "most_used")
+COMPRESSION_FUNCTIONS = ("convolution", "mean")
 
 
 class ConfigurationError(ValueError):
@@ -51,6 +69,14 @@ class ModelConfig:
     """How memory and local attention are joined: a name in `recollect.model.gates.GATES`."""
     gate_share: float = 0.5
     """Memory's share before training, for learned gates; its constant share for the `fixed` gate. Between 0 and 1."""
+    memory_key: str = "key"
+    """What a memory stores: 'key', each head's keys and values as they were (Wu et al. 2022), or 'hidden', the layer's
+    input, from which keys and values are computed anew at each use (Unlimiformer, Bertsch et al. 2023)."""
+    eviction: str = "fifo"
+    """What a full memory forgets: 'fifo', the oldest keys, or 'most_used', the oldest but those attention used most."""
+    eviction_kept_share: float = 0.5
+    """For `most_used`: keys that stay for each new key. Of the oldest (1 + share) T keys the share * T most used stay.
+    Above 0, at most 4."""
     normalise_queries_and_keys: bool = True
     """Queries and keys of length 1 with a learned scale per head (Henry et al. 2020), so old keys stay comparable."""
     separate_memory_scale: bool = False
@@ -66,13 +92,26 @@ class ModelConfig:
     """Buckets of the T5 relative position bias (Raffel et al. 2020)."""
     position_max_distance: int = 128
     """Distances from here on share the last bucket."""
+    attention_window: int = 0
+    """Sliding-window local attention (Longformer's causal form, Beltagy et al. 2020): a token sees itself and the
+    attention_window - 1 tokens before it; 0 is the whole segment and cache."""
+    compressed_memory: int = 0
+    """Slots of a Compressive Transformer's memory in each layer (Rae et al. 2019): what the XL cache evicts is
+    compressed into them; 0 is none."""
+    compression_rate: int = 4
+    """Evicted tokens that make one compressed slot."""
+    compression_function: str = "convolution"
+    """How they are made into one: 'convolution' (learned) or 'mean'."""
+    compression_loss: float = 1.0
+    """Weight of the attention-reconstruction loss that trains a learned compression; 0 leaves it to the main loss."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "memory_layers", tuple(int(layer) for layer in self.memory_layers))
         for name in ("vocabulary_size", "layers", "width", "heads", "head_dim", "feed_forward", "segment_length", "k"):
             self._at_least(name, 1)
-        for name in ("xl_cache", "memory_size", "qk_convolution_width"):
+        for name in ("xl_cache", "memory_size", "qk_convolution_width", "attention_window", "compressed_memory"):
             self._at_least(name, 0)
+        self._at_least("compression_rate", 1)
         self._at_least("position_buckets", 2)
         self._at_least("position_max_distance", 2)
         if self.position_max_distance <= self.position_buckets // 2:
@@ -80,12 +119,29 @@ class ModelConfig:
                 f"position_max_distance={self.position_max_distance} must exceed half of "
                 f"position_buckets={self.position_buckets}"
             )
-        if self.activation not in ACTIVATIONS:
-            raise ConfigurationError(
-                f"activation={self.activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}"
-            )
+        self._one_of("activation", ACTIVATIONS)
+        self._one_of("gate", GATE_NAMES)
+        self._one_of("memory_key", MEMORY_KEYS)
+        self._one_of("eviction", EVICTIONS)
+        self._one_of("compression_function", COMPRESSION_FUNCTIONS)
         if not 0.0 < self.gate_share < 1.0:
             raise ConfigurationError(f"gate_share={self.gate_share} must lie between 0 and 1")
+        if not 0.0 < self.eviction_kept_share <= 4.0:
+            raise ConfigurationError(
+                f"eviction_kept_share={self.eviction_kept_share} must be above 0 and at most 4; "
+                "to keep none choose eviction='fifo'"
+            )
+        if not self.compression_loss >= 0.0:
+            raise ConfigurationError(f"compression_loss={self.compression_loss} must be 0 or more")
+        if self.attention_window and self.xl_cache < self.attention_window - 1:
+            raise ConfigurationError(
+                f"attention_window={self.attention_window} needs an xl_cache of at least {self.attention_window - 1} "
+                f"tokens to look back on at a segment's first token, not {self.xl_cache}"
+            )
+        if self.compressed_memory and not self.xl_cache:
+            raise ConfigurationError(
+                f"compressed_memory={self.compressed_memory} needs an xl_cache: what the cache evicts is compressed"
+            )
         if list(self.memory_layers) != sorted(set(self.memory_layers)):
             raise ConfigurationError(f"memory_layers={self.memory_layers} must rise and not repeat")
         for layer in self.memory_layers:
@@ -93,6 +149,10 @@ class ModelConfig:
                 raise ConfigurationError(
                     f"memory_layers={self.memory_layers}: this model has layers 0 to {self.layers - 1}"
                 )
+        if self.memory_layers and 0 < self.memory_size < self.k:
+            raise ConfigurationError(
+                f"k={self.k} is above memory_size={self.memory_size}: retrieve at most as many pairs as a memory holds"
+            )
         if self.qk_convolution_width == 1:
             raise ConfigurationError(
                 "qk_convolution_width=1 would only rescale channels; use 0 for none, or at least 2"
@@ -109,6 +169,13 @@ class ModelConfig:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
             raise ConfigurationError(f"{name}={value!r} must be an integer of at least {smallest}")
+
+    def _one_of(self, name: str, known: Sequence[str]) -> None:
+        value = getattr(self, name)
+        if value not in known:
+            near = get_close_matches(str(value), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigurationError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}{hint}")
 
     @property
     def first_upper_layer(self) -> int:

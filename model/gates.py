@@ -14,7 +14,7 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor, nn
 
-from recollect.model.configuration import ConfigurationError, ModelConfig
+from recollect.model.configuration import GATE_NAMES, ConfigurationError, ModelConfig
 
 
 class Gate(nn.Module):
@@ -52,6 +52,8 @@ def register_gate(name: str) -> Callable[[type[Gate]], type[Gate]]:
         if name in GATES:
             raise ConfigurationError(f"a gate named {name!r} exists already: {GATES[name].__qualname__}")
         GATES[name] = kind
+        if name not in GATE_NAMES:
+            GATE_NAMES.append(name)
         return kind
 
     return register
