@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from recollect.model.compressive import make_compression
 from recollect.model.configuration import ModelConfig
 from recollect.model.gates import make_gate
 from recollect.model.local_attention import LayerState, advance, local_logits
@@ -68,6 +69,7 @@ class Attention(nn.Module):
         start = INITIAL_NORMALISED_SCALE if config.normalise_queries_and_keys else 1.0 / math.sqrt(config.head_dim)
         # Kept as a logarithm: the scale stays positive, and a step changes it by a share of itself.
         self.log_scale = nn.Parameter(torch.full((config.heads,), math.log(start)))
+        self.compression = make_compression(config)
         self.has_memory = has_memory
         if has_memory:
             self.gate = make_gate(config)
@@ -88,7 +90,15 @@ class Attention(nn.Module):
         first and extended afterwards, so that no token retrieves itself or its future.
         """
         queries, keys, values, convolution = self._project(hidden, state)
-        near = local_logits(queries, keys, values, state, self.position_bias, self.log_scale.exp())
+        near = local_logits(
+            queries,
+            keys,
+            values,
+            state,
+            self.position_bias,
+            self.log_scale.exp(),
+            window=self.config.attention_window,
+        )
         local = torch.softmax(near.logits, dim=-1) @ near.values
         if memory is not None:
             log_scale = self.log_memory_scale if self.config.separate_memory_scale else self.log_scale
@@ -98,7 +108,21 @@ class Attention(nn.Module):
             local = self.gate(local, remembered, found, hidden)
             memory.append(keys, values)
         joined = self.output(local.transpose(1, 2).flatten(2))
-        return joined, advance(state, keys, values, convolution)
+        return joined, self.advance(state, keys, values, convolution, queries)
+
+    def advance(
+        self, state: LayerState, keys: Tensor, values: Tensor, convolution: Tensor, queries: Tensor | None = None
+    ) -> LayerState:
+        """As `local_attention.advance`; `queries` (B, H, T, D), where given, are for the compression's loss."""
+        return advance(
+            state,
+            keys,
+            values,
+            convolution,
+            compression=self.compression,
+            queries=queries,
+            scale=self.log_scale.exp(),
+        )
 
     def _project(self, hidden: Tensor, state: LayerState) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, T, D), ready to be compared, and the convolution's new past."""

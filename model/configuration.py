@@ -103,7 +103,8 @@ class ModelConfig:
     compression_function: str = "convolution"
     """How they are made into one: 'convolution' (learned) or 'mean'."""
     compression_loss: float = 1.0
-    """Weight of the attention-reconstruction loss that trains a learned compression; 0 leaves it to the main loss."""
+    """Weight of the attention-reconstruction loss that trains a learned compression, which starts as the mean; 0 leaves
+    it there, since the main loss never reaches it."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "memory_layers", tuple(int(layer) for layer in self.memory_layers))
@@ -141,6 +142,13 @@ class ModelConfig:
         if self.compressed_memory and not self.xl_cache:
             raise ConfigurationError(
                 f"compressed_memory={self.compressed_memory} needs an xl_cache: what the cache evicts is compressed"
+            )
+        if self.compressed_memory and (
+            self.segment_length % self.compression_rate or self.xl_cache % self.compression_rate
+        ):
+            raise ConfigurationError(
+                f"compression_rate={self.compression_rate} must divide segment_length={self.segment_length} and "
+                f"xl_cache={self.xl_cache}, so that no slot mixes two documents"
             )
         if list(self.memory_layers) != sorted(set(self.memory_layers)):
             raise ConfigurationError(f"memory_layers={self.memory_layers} must rise and not repeat")

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from recollect.model.local_attention import LayerState, advance
+from recollect.model.local_attention import LayerState
 from recollect.model.memory_layer import LayerMemory
 from recollect.model.transformer import MemorizingTransformer, ModelState, TrunkState, UpperState
 
@@ -123,7 +123,9 @@ class _OpenSegment:
 def _closed(model: MemorizingTransformer, number: int, before: LayerState, grown: LayerState) -> LayerState:
     """The state of a layer after the whole segment, as one step over it would have left it."""
     cached = before.cached_keys.shape[2]
-    return advance(before, grown.cached_keys[:, :, cached:], grown.cached_values[:, :, cached:], grown.convolution)
+    return model.layers[number].attention.advance(
+        before, grown.cached_keys[:, :, cached:], grown.cached_values[:, :, cached:], grown.convolution
+    )
 
 
 class _WaitingMemory:

@@ -22,6 +22,7 @@ import torch.nn.functional as functional
 from recollect.memory_backends.atomic import recover_folder
 from recollect.model.allocation import keep_freed_memory
 from recollect.model.checkpoints import CONFIG, Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from recollect.model.compressive import take_compression_loss
 from recollect.model.configuration import ConfigurationError
 from recollect.model.corpus import Corpus, load_corpus
 from recollect.model.evaluation import replay
@@ -210,7 +211,8 @@ def _step(options: TrainingOptions, run: _Run, log: Log) -> None:
     run.optimizers.zero_grad()
     with _autocast(options):
         loss, run.state = training_loss(run.model, run.state, segment)
-    loss.backward()
+    compression = take_compression_loss(run.model)
+    (loss if compression is None else loss + options.model.compression_loss * compression).backward()
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), options.gradient_clip or math.inf)
     value = float(loss.detach())
     if not math.isfinite(value) or not bool(torch.isfinite(norm)):

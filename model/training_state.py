@@ -26,7 +26,7 @@ from recollect.model.streams import DocumentStreams
 from recollect.model.transformer import MemorizingTransformer, ModelState
 
 FOLDER = "training"
-VERSION = 1
+VERSION = 2
 
 
 def save_training_state(
