@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from recollect.model.compressive import make_compression
 from recollect.model.configuration import ModelConfig
-from recollect.model.gates import make_gate
+from recollect.model.gates import Scores, make_gate
 from recollect.model.local_attention import LayerState, advance, local_logits
 from recollect.model.memory_layer import LayerMemory
 from recollect.model.position_bias import RelativePositionBias
@@ -103,9 +103,10 @@ class Attention(nn.Module):
         if memory is not None:
             log_scale = self.log_memory_scale if self.config.separate_memory_scale else self.log_scale
             with torch.autocast(hidden.device.type, enabled=False):
-                remembered, found = memory.attend(queries, log_scale.exp())
-                remembered, found = remembered.to(local.device, local.dtype), found.to(local.device)
-            local = self.gate(local, remembered, found, hidden)
+                retrieved = memory.attend(queries, log_scale.exp())
+                uses = self.gate.uses_scores
+                scores = Scores.of(near.logits, retrieved.logits, retrieved.found) if uses else None
+            local = self.gate(local, retrieved.remembered.to(local.dtype), retrieved.found, hidden, scores)
             memory.append(keys, values)
         joined = self.output(local.transpose(1, 2).flatten(2))
         return joined, self.advance(state, keys, values, convolution, queries)

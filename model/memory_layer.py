@@ -6,6 +6,7 @@ K neighbours, D head dimension.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,6 +46,25 @@ class _WeightedValues(torch.autograd.Function):
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (values,) = context.saved_tensors
         return torch.bmm(values, gradients[0][:, :, None]).squeeze(2), None
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """What a memory answered.
+
+    Attributes:
+        remembered: (B, H, T, D) float32, attention over the K retrieved pairs alone; zero where nothing was found.
+        found: (B, H, T) bool, whether there was anything.
+        logits: (B, H, T, K) float32, scaled; the least finite number where a neighbour is missing.
+        weights: (B, H, T, K) float32, softmax of the logits; zero where a neighbour is missing.
+        slots: (B, H, T, K) int64, where each pair lies; -1 where a neighbour is missing.
+    """
+
+    remembered: Tensor
+    found: Tensor
+    logits: Tensor
+    weights: Tensor
+    slots: Tensor
 
 
 class LayerMemory:
@@ -89,14 +109,12 @@ class LayerMemory:
         else:
             self.backend.reset((chosen[:, None] * self.heads + torch.arange(self.heads)).flatten())
 
-    def attend(self, queries: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(self, queries: Tensor, scale: Tensor) -> Retrieved:
         """Attention over the K retrieved pairs of each query: softmax(scale * q.k) v.
 
         Args:
             queries: (B, H, T, D) as searched; the memory's keys are compared with them as they are.
             scale: (H,) multiplies the logits.
-        Returns:
-            remembered (B, H, T, D) float32, zero where nothing was found; found (B, H, T) bool.
         """
         batch, heads, tokens, dim = queries.shape
         flat_queries = queries.float().reshape(batch * heads, tokens, dim)
@@ -112,15 +130,16 @@ class LayerMemory:
         weights = torch.softmax(logits, dim=-1).masked_fill(missing, 0.0)
         # A missing neighbour reads slot 0 with weight zero, so that nothing of it counts.
         rows = (slots.clamp_min(0).flatten(1) + self._offsets).view(-1, slots.shape[-1])
-        weights = weights.reshape(rows.shape)
+        flat_weights = weights.reshape(rows.shape)
         values = self.values.flatten(0, 1)
         if weights.requires_grad:
             # The append that follows overwrites slots of the ring, so the gradient needs its own copy of what was read.
-            remembered = _WeightedValues.apply(weights, functional.embedding(rows, values))
+            remembered = _WeightedValues.apply(flat_weights, functional.embedding(rows, values))
         else:
-            remembered = functional.embedding_bag(rows, values, per_sample_weights=weights, mode="sum")
-        found = ~missing[..., 0] if missing.shape[-1] else missing.new_zeros(batch, heads, tokens)
-        return remembered.view(batch, heads, tokens, dim), found
+            remembered = functional.embedding_bag(rows, values, per_sample_weights=flat_weights, mode="sum")
+        return Retrieved(
+            remembered.view(batch, heads, tokens, dim), ~missing[..., 0], logits, weights, slots.view_as(logits)
+        )
 
     def _logits(self, queries: Tensor, scores: Tensor, slots: Tensor) -> Tensor:
         """(M, T, K) inner products of queries (M, T, D) with the keys at `slots` (M, T, K)."""

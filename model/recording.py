@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from recollect.memory_backends import MemoryBackend, MemoryStats, SearchResult
-from recollect.model.memory_layer import LayerMemory
+from recollect.model.memory_layer import LayerMemory, Retrieved
 from recollect.model.transformer import MemorizingTransformer
 from recollect.model.trunk import TrunkOutput
 
@@ -130,11 +130,17 @@ class _Listener:
         self.values: list[Tensor] = []
         self.scale = torch.zeros(0)
 
-    def attend(self, queries: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(self, queries: Tensor, scale: Tensor) -> Retrieved:
         self.queries.append(_per_memory(queries))
         self.scale = scale.detach().float().cpu()
-        found = torch.zeros(queries.shape[:3], dtype=torch.bool, device=queries.device)
-        return torch.zeros_like(queries, dtype=torch.float32), found
+        per_query = torch.zeros(queries.shape[:3], device=queries.device)[..., None]
+        return Retrieved(
+            remembered=torch.zeros_like(queries, dtype=torch.float32),
+            found=per_query[..., 0].bool(),
+            logits=per_query,
+            weights=per_query,
+            slots=per_query.long() - 1,
+        )
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         self.keys.append(_per_memory(keys))

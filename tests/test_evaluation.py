@@ -18,6 +18,7 @@ from recollect.model.documents import CorpusError
 from recollect.model.evaluation import evaluate, replay
 from recollect.model.evaluation_text import choose_text, load_documents
 from recollect.model.evaluation_types import EvaluationResult, MemorySpecification, TokenLosses
+from recollect.model.memory_layer import Retrieved
 from recollect.model.recording import ObservedBackend, record
 from recollect.model.streams import IGNORED
 from recollect.model.tokenizer import train_tokenizer
@@ -118,13 +119,17 @@ def test_exact_memory_that_returns_everything_is_dense_attention() -> None:
             if bool(rows.any()):
                 self.keys, self.values = [], []
 
-        def attend(self, queries: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def attend(self, queries: torch.Tensor, scale: torch.Tensor) -> Retrieved:
+            found = torch.ones(queries.shape[:3], dtype=torch.bool)
             if not self.keys:
-                return torch.zeros_like(queries), torch.zeros(queries.shape[:3], dtype=torch.bool)
+                nothing = torch.zeros(*queries.shape[:3], 1)
+                return Retrieved(torch.zeros_like(queries), ~found, nothing, nothing, nothing.long() - 1)
             keys, values = torch.cat(self.keys, 2), torch.cat(self.values, 2)
-            weights = torch.softmax(queries @ keys.transpose(2, 3) * scale[:, None, None], -1)
+            logits = queries @ keys.transpose(2, 3) * scale[:, None, None]
+            weights = torch.softmax(logits, -1)
             remembered.append(weights @ values)
-            return remembered[-1], torch.ones(queries.shape[:3], dtype=torch.bool)
+            slots = torch.arange(keys.shape[2]).expand_as(logits)
+            return Retrieved(remembered[-1], found, logits, weights, slots)
 
         def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
             self.keys.append(keys)

@@ -31,7 +31,8 @@ def test_values_and_gradients_equal_dense_attention(tokens: int) -> None:
     memory.append(keys, values)
     queries = torch.randn(B, H, 5, D).requires_grad_()
     scale = SCALE.clone().requires_grad_()
-    remembered, found = memory.attend(queries, scale)
+    retrieved = memory.attend(queries, scale)
+    remembered, found = retrieved.remembered, retrieved.found
     memory.append(torch.randn(B, H, 6, D), torch.randn(B, H, 6, D))  # overwrites slots before the gradient is taken
     weights = torch.randn_like(remembered)
     (remembered * weights).sum().backward()
@@ -43,7 +44,7 @@ def test_values_and_gradients_equal_dense_attention(tokens: int) -> None:
     torch.testing.assert_close(queries.grad, other.grad)
     torch.testing.assert_close(scale.grad, other_scale.grad)
     with torch.no_grad():
-        torch.testing.assert_close(make_filled(keys, values).attend(queries, scale)[0], expected)
+        torch.testing.assert_close(make_filled(keys, values).attend(queries, scale).remembered, expected)
 
 
 def make_filled(keys: torch.Tensor, values: torch.Tensor, spec: str = "exact") -> LayerMemory:
@@ -56,7 +57,7 @@ def test_no_gradient_flows_into_the_memory() -> None:
     keys, values = torch.randn(B, H, 6, D).requires_grad_(), torch.randn(B, H, 6, D).requires_grad_()
     memory = make_filled(keys, values)
     queries = torch.randn(B, H, 3, D).requires_grad_()
-    memory.attend(queries, SCALE)[0].sum().backward()
+    memory.attend(queries, SCALE).remembered.sum().backward()
     assert keys.grad is None
     assert values.grad is None
     assert queries.grad is not None
@@ -64,7 +65,8 @@ def test_no_gradient_flows_into_the_memory() -> None:
 
 def test_an_empty_memory_finds_nothing() -> None:
     queries = torch.randn(B, H, 3, D).requires_grad_()
-    remembered, found = make_memory().attend(queries, SCALE)
+    retrieved = make_memory().attend(queries, SCALE)
+    remembered, found = retrieved.remembered, retrieved.found
     assert not bool(found.any())
     assert not bool(remembered.any())
     remembered.sum().backward()
@@ -75,12 +77,14 @@ def test_missing_neighbours_never_read_slot_zero() -> None:
     keys, values = torch.randn(B, H, 2, D), torch.randn(B, H, 2, D)
     memory = make_filled(keys, values)
     queries = torch.randn(B, H, 3, D)
-    remembered, found = memory.attend(queries, SCALE)
+    retrieved = memory.attend(queries, SCALE)
+    remembered, found = retrieved.remembered, retrieved.found
     torch.testing.assert_close(remembered, dense(queries, keys, values, SCALE, K))
     assert bool(found.all())
     memory.reset_rows(torch.tensor([True, False]))
     memory.values.fill_(1e6)  # what an emptied slot still holds must not be read
-    remembered, found = memory.attend(queries, SCALE)
+    retrieved = memory.attend(queries, SCALE)
+    remembered, found = retrieved.remembered, retrieved.found
     assert not bool(remembered[0].any())
     assert not bool(found[0].any())
     assert bool(found[1].all())
@@ -94,7 +98,7 @@ def test_values_follow_their_keys_around_the_ring_and_through_long_appends() -> 
         memory.append(keys[:, :, begin:end], values[:, :, begin:end])
         newest = slice(max(0, end - 5), end)
         queries = keys[:, :, newest]
-        remembered, _ = memory.attend(queries, torch.full((H,), 3.0))
+        remembered = memory.attend(queries, torch.full((H,), 3.0)).remembered
         expected = dense(queries, keys[:, :, newest], values[:, :, newest], torch.full((H,), 3.0), K)
         torch.testing.assert_close(remembered, expected)
 
@@ -102,13 +106,13 @@ def test_values_follow_their_keys_around_the_ring_and_through_long_appends() -> 
 def test_resetting_a_row_leaves_the_others_alone() -> None:
     keys, values = torch.randn(B, H, 6, D), torch.randn(B, H, 6, D)
     memory, queries = make_filled(keys, values), torch.randn(B, H, 3, D)
-    before, _ = memory.attend(queries, SCALE)
+    before = memory.attend(queries, SCALE).remembered
     memory.reset_rows(torch.tensor([False, True]))
-    after, _ = memory.attend(queries, SCALE)
+    after = memory.attend(queries, SCALE).remembered
     assert torch.equal(after[0], before[0])
     assert not bool(after[1].any())
     memory.append(keys[:, :, :2] + 1.0, values[:, :, :2] - 1.0)
-    fresh, _ = memory.attend(queries, SCALE)
+    fresh = memory.attend(queries, SCALE).remembered
     torch.testing.assert_close(fresh[1], dense(queries, keys[:, :, :2] + 1.0, values[:, :, :2] - 1.0, SCALE, K)[1])
 
 
@@ -119,7 +123,8 @@ def test_any_backend_serves(spec: str) -> None:
         memory = make_filled(keys, values, spec)
     except ImportError as error:
         pytest.skip(str(error))
-    remembered, found = memory.attend(torch.randn(B, H, 5, D), SCALE)
+    retrieved = memory.attend(torch.randn(B, H, 5, D), SCALE)
+    remembered, found = retrieved.remembered, retrieved.found
     assert remembered.shape == (B, H, 5, D)
     assert bool(torch.isfinite(remembered).all())
     assert bool(found.any())
