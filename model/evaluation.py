@@ -23,9 +23,10 @@ from recollect.model.checkpoints import load_checkpoint, reference_checkpoint
 from recollect.model.configuration import ConfigurationError
 from recollect.model.evaluation_text import EvaluationText, choose_text, load_documents
 from recollect.model.evaluation_types import EvaluationOptions, EvaluationResult, MemorySpecification, TokenLosses
+from recollect.model.memory_layer import LayerMemory
 from recollect.model.recording import ObservedBackend
 from recollect.model.streams import IGNORED
-from recollect.model.transformer import MemorizingTransformer
+from recollect.model.transformer import MemorizingTransformer, UpperState
 from recollect.model.trunk import TrunkOutput, TrunkStore
 
 NO_MEMORY = "none"
@@ -167,6 +168,11 @@ class Replay:
         self._losses = _Losses(trunk.text)
         self._seconds = 0.0
 
+    @property
+    def memories(self) -> list[LayerMemory]:
+        """The memory of each memory layer, which may be replaced in place before the first step, to watch them."""
+        return self._state.memories
+
     def step(self) -> bool:
         """Evaluates the next segment; False, and nothing else, where there is none."""
         number = self.done
@@ -200,7 +206,7 @@ def _initial_state(
     memory_size: int | None,
     k: int | None,
     seed: int,
-) -> tuple[Any, MemorySpecification]:
+) -> tuple[UpperState, MemorySpecification]:
     config = model.config
     neighbours = config.k if k is None else k
     if neighbours < 1:
