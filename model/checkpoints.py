@@ -22,6 +22,8 @@ from recollect.model.tokenizer import Tokenizer, load_tokenizer
 from recollect.model.transformer import MemorizingTransformer
 
 WEIGHTS, CONFIG, TOKENIZER, CARD = "model.safetensors", "config.json", "tokenizer.json", "MODEL_CARD.md"
+REFERENCE = "reference"
+"""Stands for the shipped model where a checkpoint is asked for by name."""
 FORMAT = "recollect-checkpoint"
 VERSION = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -119,7 +121,7 @@ def load_checkpoint(directory: str | Path, *, device: torch.device | str = "cpu"
     if tokenizer.digest != tokenizer_digest:
         raise CheckpointError(f"{directory / TOKENIZER} is not the tokenizer that the model was trained with")
     _check_vocabularies(config, tokenizer, directory)
-    model = MemorizingTransformer(config)
+    model = MemorizingTransformer(config, tokenizer)
     _load_weights(model, tensors, weights)
     metadata = header.get("metadata")
     return Checkpoint(
@@ -156,7 +158,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def _read_header(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
     if not directory.is_dir():
-        raise CheckpointError(f"there is no checkpoint folder {str(directory)!r}")
+        raise CheckpointError(
+            f"there is no checkpoint folder {str(directory)!r}; give one that `recollect train` or save_pretrained "
+            f"wrote, or, to MemorizingTransformer.from_pretrained, {REFERENCE!r} for the shipped model"
+        )
     if not path.is_file():
         raise CheckpointError(f"{directory} is no checkpoint: {CONFIG} is missing")
     try:
@@ -166,10 +171,15 @@ def _read_header(directory: Path) -> dict[str, Any]:
             f"{path} is truncated or not JSON ({error}); copy or save the checkpoint again"
         ) from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is of another program: its format is not {FORMAT!r}")
+        hint = "; a Hugging Face model is given a memory by attach_memory" if _is_hugging_face(header) else ""
+        raise CheckpointError(f"{path} is of another program: its format is not {FORMAT!r}{hint}")
     if header.get("version") != VERSION:
         raise CheckpointError(f"{path} has version {header.get('version')!r}; this release reads version {VERSION}")
     return header
+
+
+def _is_hugging_face(header: object) -> bool:
+    return isinstance(header, dict) and "model_type" in header
 
 
 def _check_vocabularies(config: ModelConfig, tokenizer: Tokenizer, directory: Path) -> None:

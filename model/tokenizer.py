@@ -14,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from recollect.memory_backends.atomic import write_text
 from recollect.model.documents import CorpusError
@@ -42,6 +44,10 @@ class Tokenizer:
     def encode(self, text: str) -> NDArray[np.generic]:
         """The ids (N,) of `text`; raises CorpusError for text that UTF-8 cannot hold."""
         return self.encode_many([text])[0]
+
+    def tensor(self, text: str) -> Tensor:
+        """The ids of `text` as a model reads them: (1, N) int64."""
+        return torch.from_numpy(self.encode(text).astype(np.int64))[None]
 
     def encode_many(self, texts: Sequence[str]) -> list[NDArray[np.generic]]:
         """The ids of each text, on all cores."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as functional
@@ -18,8 +20,13 @@ from torch import Tensor, nn
 from recollect.memory_backends.base import MemoryBackend
 from recollect.memory_backends.registry import make_backend
 from recollect.model.attention import Attention, LayerState
-from recollect.model.configuration import ModelConfig
+from recollect.model.configuration import ConfigurationError, ModelConfig
 from recollect.model.memory_layer import LayerMemory
+
+if TYPE_CHECKING:
+    from recollect.model.generation import Generation
+    from recollect.model.reading import Reader
+    from recollect.model.tokenizer import Tokenizer
 
 
 @dataclass
@@ -96,13 +103,29 @@ class Layer(nn.Module):
 class MemorizingTransformer(nn.Module):
     """A decoder-only transformer whose memory layers also attend to pairs retrieved from a memory.
 
-    Input and output embedding are one matrix. A state is made by `initial_state` and replaced by the one that each call
-    returns; its memories are changed in place, so a state that was used once is spent.
+        model = MemorizingTransformer.from_pretrained("reference")   # or from_preset("laptop"): random weights
+        tokens = model.tokenizer.tensor(text)                        # (1, N)
+        logits = model(tokens).logits                                # (1, N, V): what may follow each token
+        print(model.generate("import ", max_new_tokens=40).text)
+
+    It reads text in segments of `config.segment_length` tokens. Within a segment every token attends to those before it
+    (and to the Transformer-XL cache, where there is one). In the memory layers each token also retrieves the k keys of
+    earlier segments that match it best, however long ago they were read, and a gate joins both.
+
+    What it carries from segment to segment is a `ModelState`: made by `initial_state` (or by the first call), replaced
+    by the one that each call returns. Its memories are changed in place, so a state that was used once is spent.
+
+    Input and output embedding are one matrix.
+
+    Attributes:
+        config: every size and choice.
+        tokenizer: the tokenizer beside the model; None where there is none yet (`from_preset` without one).
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None = None) -> None:
         super().__init__()
         self.config = config
+        self.tokenizer = tokenizer
         self.embedding = nn.Embedding(config.vocabulary_size, config.width)
         self.layers = nn.ModuleList(Layer(config, has_memory=n in config.memory_layers) for n in range(config.layers))
         self.final_norm = nn.RMSNorm(config.width, eps=1e-6)
@@ -120,6 +143,71 @@ class MemorizingTransformer(nn.Module):
             elif isinstance(module, FeedForward):
                 nn.init.normal_(module.inner.weight, std=self.config.width**-0.5)
                 nn.init.zeros_(module.outer.weight)
+
+    # From and to files
+
+    @classmethod
+    def from_preset(cls, name: str, *, tokenizer: Tokenizer | None = None, **changes: Any) -> MemorizingTransformer:
+        """A new model with random weights.
+
+        Args:
+            name: a preset of `ModelConfig.preset`: tiny, laptop or paper.
+            tokenizer: kept beside the model, which gets its vocabulary size unless `changes` names another.
+            changes: single values of `ModelConfig`, such as `memory_layers=(1, 2)` or `gate="token"`.
+
+        Raises:
+            ConfigurationError: an unknown preset or value, or a vocabulary smaller than the tokenizer's.
+        """
+        if tokenizer is not None:
+            changes = {"vocabulary_size": tokenizer.vocabulary_size, **changes}
+        config = ModelConfig.preset(name, **changes)
+        if tokenizer is not None and config.vocabulary_size < tokenizer.vocabulary_size:
+            raise ConfigurationError(
+                f"vocabulary_size={config.vocabulary_size} is too small for the tokenizer, which has "
+                f"{tokenizer.vocabulary_size} tokens"
+            )
+        return cls(config, tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_name: str | Path = "reference", *, device: torch.device | str = "cpu"
+    ) -> MemorizingTransformer:
+        """A trained model with its tokenizer, in evaluation mode.
+
+        Args:
+            path_or_name: the folder of a checkpoint, as `save_pretrained` and `recollect train` write it, or
+                "reference", the small model that ships with the package ("./reference" is a folder of that name).
+            device: where the weights go.
+
+        Raises:
+            CheckpointError: there is no such folder, or its files are damaged or do not belong together.
+        """
+        from recollect.model.checkpoints import REFERENCE, load_checkpoint, reference_checkpoint
+
+        folder = reference_checkpoint() if path_or_name == REFERENCE else path_or_name
+        return load_checkpoint(folder, device=device).model
+
+    def save_pretrained(
+        self, directory: str | Path, *, dtype: str = "float32", metadata: dict[str, Any] | None = None
+    ) -> None:
+        """Writes weights, configuration and tokenizer into a folder that `from_pretrained` reads.
+
+        Args:
+            directory: made if missing; other files in it stay.
+            dtype: how the weights are stored: "float32", or "bfloat16" for half the size.
+            metadata: JSON values to keep beside them.
+
+        Raises:
+            CheckpointError: the model has no tokenizer, or `dtype` is unknown.
+        """
+        from recollect.model.checkpoints import CheckpointError, save_checkpoint
+
+        if self.tokenizer is None:
+            raise CheckpointError(
+                "this model has no tokenizer to be saved with: set model.tokenizer to what load_tokenizer or "
+                "train_tokenizer gives"
+            )
+        save_checkpoint(directory, self, self.tokenizer, metadata=metadata, dtype=dtype)
 
     @property
     def device(self) -> torch.device:
@@ -202,17 +290,59 @@ class MemorizingTransformer(nn.Module):
 
     # Computation
 
-    def forward(self, tokens: Tensor, state: ModelState, document_starts: Tensor) -> ModelOutput:
+    def forward(
+        self,
+        tokens: Tensor,
+        state: ModelState | None = None,
+        document_starts: Tensor | None = None,
+        *,
+        reset: bool = False,
+    ) -> ModelOutput:
         """Logits for the token after each of `tokens`.
 
+        More tokens than a segment has are read segment by segment, each finding what the ones before it left in the
+        memory. What remains at the end is a segment too, if a short one: text that comes in pieces of any size is for
+        a `reader`, which keeps the segment open.
+
         Args:
-            tokens: (B, T) int64.
-            state: from `initial_state` or the call before.
-            document_starts: (B,) bool; a marked row begins a new document with this segment and forgets the one before.
+            tokens: (B, N) int64.
+            state: from the call before, or from `initial_state`; None is a new one, with an exact memory of the
+                configuration's size.
+            document_starts: (B,) bool; a marked row begins a new document with these tokens and forgets the one
+                before. None marks no row.
+            reset: mark every row.
         """
-        hidden, trunk_state = self.trunk(tokens, state.trunk, document_starts)
-        logits, upper_state = self.upper(hidden, state.upper, document_starts)
-        return ModelOutput(logits, ModelState(trunk_state, upper_state))
+        if tokens.dim() != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens of shape {tuple(tokens.shape)} cannot be read: want (rows, tokens), at least one")
+        if state is None:
+            state = self.initial_state(len(tokens))
+        if document_starts is None or reset:
+            document_starts = torch.full((len(tokens),), reset, device=tokens.device)
+        pieces = []
+        for segment in tokens.split(self.config.segment_length, dim=1):
+            hidden, trunk_state = self.trunk(segment, state.trunk, document_starts)
+            logits, upper_state = self.upper(hidden, state.upper, document_starts)
+            state = ModelState(trunk_state, upper_state)
+            document_starts = torch.zeros_like(document_starts)
+            pieces.append(logits)
+        return ModelOutput(pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1), state)
+
+    def reader(self, batch_size: int = 1, **memory: Any) -> Reader:
+        """A reader of text that comes in pieces of any size: `reader.read(tokens)`, see `recollect.model.reading`.
+
+        Args:
+            batch_size: B.
+            memory: backend, memory_size, k, seed and device, as for `initial_state`.
+        """
+        from recollect.model.reading import Reader
+
+        return Reader(self, batch_size=batch_size, **memory)
+
+    def generate(self, prompts: str | list[str] | Tensor | list[Tensor], **options: Any) -> Generation:
+        """Continues text: `recollect.model.generation.generate` with this model, where the options are told."""
+        from recollect.model.generation import generate
+
+        return generate(self, prompts, **options)
 
     def trunk(self, tokens: Tensor, state: TrunkState, document_starts: Tensor) -> tuple[Tensor, TrunkState]:
         """The residual stream (B, T, W) that enters the first memory layer; arguments as for `forward`."""

@@ -72,9 +72,19 @@ if TYPE_CHECKING:
         MemorySpecification,
         TokenLosses,
     )
+    from recollect.model.generation import (
+        Generation,
+    )
+    from recollect.model.reading import (
+        Reader,
+    )
     from recollect.model.recording import (
         Recording,
         record,
+    )
+    from recollect.model.sampling import (
+        GenerationError,
+        Sampling,
     )
     from recollect.model.streams import (
         DocumentStreams,
@@ -140,7 +150,10 @@ _PUBLIC: dict[str, str] = {
     "recollect.model.evaluation": "evaluate replay",
     "recollect.model.evaluation_text": "EvaluationText choose_text load_documents",
     "recollect.model.evaluation_types": "EvaluationOptions EvaluationResult MemorySpecification TokenLosses",
+    "recollect.model.generation": "Generation",
+    "recollect.model.reading": "Reader",
     "recollect.model.recording": "Recording record",
+    "recollect.model.sampling": "GenerationError Sampling",
     "recollect.model.streams": "DocumentStreams",
     "recollect.model.token_cache": "TokenizedDocuments tokenize",
     "recollect.model.tokenizer": "Tokenizer load_tokenizer train_tokenizer",

@@ -13,6 +13,7 @@ _ROOTS = (
     ("recollect.model.configuration", "ConfigurationError"),
     ("recollect.model.checkpoints", "CheckpointError"),
     ("recollect.model.training", "TrainingDiverged"),
+    ("recollect.model.sampling", "GenerationError"),
     ("recollect.suites.cells", "CellError"),
     ("recollect.suites.comparison", "CompareError"),
     ("recollect.reports.errors", "ReportError"),
