@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from recollect.model.attention import Attention
 from recollect.model.local_attention import LayerState
 from recollect.model.memory_layer import LayerMemory
 from recollect.model.transformer import MemorizingTransformer, ModelState, TrunkState, UpperState
@@ -123,7 +124,8 @@ class _OpenSegment:
 def _closed(model: MemorizingTransformer, number: int, before: LayerState, grown: LayerState) -> LayerState:
     """The state of a layer after the whole segment, as one step over it would have left it."""
     cached = before.cached_keys.shape[2]
-    return model.layers[number].attention.advance(
+    attention = cast(Attention, model.layers[number].attention)
+    return attention.advance(
         before, grown.cached_keys[:, :, cached:], grown.cached_values[:, :, cached:], grown.convolution
     )
 
