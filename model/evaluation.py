@@ -165,7 +165,7 @@ class Replay:
         self.model, self.trunk = model, trunk
         self.done = 0
         self._state, self._memory = _initial_state(model, trunk, backend, memory_size, k, seed)
-        self._losses = _Losses(trunk.text)
+        self._losses = LossCollector(trunk.text)
         self._seconds = 0.0
 
     @property
@@ -233,8 +233,8 @@ def _initial_state(
     return state, MemorySpecification(canonical_spec(backend), size, neighbours)
 
 
-class _Losses:
-    """Collects per-token losses in reading order."""
+class LossCollector:
+    """Collects per-token losses in reading order; the losses of two evaluations over one text then belong together."""
 
     def __init__(self, text: EvaluationText) -> None:
         self.text = text
