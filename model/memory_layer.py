@@ -14,6 +14,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from recollect.memory_backends.base import MemoryBackend
+from recollect.model.configuration import EVICTIONS, ConfigurationError
+from recollect.model.eviction import Usage
 
 
 class _RetrievedLogits(torch.autograd.Function):
@@ -78,9 +80,20 @@ class LayerMemory:
         heads: H.
         k: pairs to retrieve for each query.
         device: where the values lie: the model's, since attention reads them there; the backend's when None.
+        eviction: 'fifo', or 'most_used' (see `recollect.model.eviction`).
+        kept_share: for `most_used`, keys that stay for each new key.
     """
 
-    def __init__(self, backend: MemoryBackend, *, heads: int, k: int, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        backend: MemoryBackend,
+        *,
+        heads: int,
+        k: int,
+        device: torch.device | None = None,
+        eviction: str = "fifo",
+        kept_share: float = 0.5,
+    ) -> None:
         if backend.num_memories % heads:
             raise ValueError(
                 f"a backend of {backend.num_memories} memories cannot serve {heads} heads: it must be a multiple"
@@ -93,11 +106,20 @@ class LayerMemory:
         device = backend.device if device is None else device
         self.values = torch.zeros(backend.num_memories, backend.capacity, backend.dim, device=device)
         self._offsets = torch.arange(backend.num_memories, device=device)[:, None] * backend.capacity
+        self.usage: Usage | None = None
+        if eviction == "most_used":
+            self.usage = Usage(backend.num_memories, backend.capacity, kept_share=kept_share, device=device)
+        elif eviction != "fifo":
+            raise ConfigurationError(f"eviction={eviction!r} is unknown; choose one of {', '.join(EVICTIONS)}")
 
     @property
     def batch_size(self) -> int:
         """B."""
         return self.backend.num_memories // self.heads
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What it holds beside the backend, by name: the very tensors, so that copying into them restores them."""
+        return {"values": self.values} | ({} if self.usage is None else {"usage": self.usage.totals})
 
     def reset_rows(self, rows: Tensor) -> None:
         """Forgets everything in the rows marked in `rows` (B,) bool; the others stay as they are."""
@@ -128,6 +150,8 @@ class LayerMemory:
         # are cleared below.
         logits = logits.masked_fill(missing, torch.finfo(torch.float32).min)
         weights = torch.softmax(logits, dim=-1).masked_fill(missing, 0.0)
+        if self.usage is not None:
+            self.usage.note(slots.flatten(1), weights.reshape(len(slots), -1))
         # A missing neighbour reads slot 0 with weight zero, so that nothing of it counts.
         rows = (slots.clamp_min(0).flatten(1) + self._offsets).view(-1, slots.shape[-1])
         flat_weights = weights.reshape(rows.shape)
@@ -152,12 +176,30 @@ class LayerMemory:
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Adds the pairs (B, H, T, D), oldest first, as they are now: later training does not change them."""
-        dim = keys.shape[-1]
         with torch.no_grad():
-            slots = self.backend.add(keys.detach().float().reshape(self.backend.num_memories, -1, dim))
-            new_values = values.detach().float().reshape(self.backend.num_memories, -1, dim)
-            slots = slots.to(self.values.device)
-            if slots.shape[1] > self.backend.capacity:  # the oldest are evicted at once and have no slot
-                slots = slots[:, -self.backend.capacity :]
-                new_values = new_values[:, -self.backend.capacity :]
-            self.values.view(-1, dim)[(slots + self._offsets).flatten()] = new_values.flatten(0, 1)
+            new_keys = keys.detach().float().flatten(0, 1)
+            new_values = values.detach().float().flatten(0, 1)
+            if self.usage is None:
+                self._write(self.backend.add(new_keys), new_values)
+                return
+            for addition in self.usage.additions(self.backend.ring.totals, new_keys.shape[1]):
+                which = addition.memories
+                old_keys = self.backend.gather_keys(addition.slots[:, None], memories=which)[:, 0]
+                rows = which.to(self.values.device)
+                old_values = self.values[rows[:, None], addition.slots.to(self.values.device)]
+                slots = self.backend.add(
+                    torch.cat([old_keys.to(new_keys.device), new_keys[rows.to(new_keys.device)]], dim=1),
+                    memories=which,
+                )
+                self._write(slots, torch.cat([old_values, new_values[rows.to(new_values.device)]], dim=1), rows)
+
+    def _write(self, slots: Tensor, values: Tensor, memories: Tensor | None = None) -> None:
+        """Puts values (M', T, D) of all memories, or of `memories` (M',), at `slots` (M', T)."""
+        slots, offsets = slots.to(self.values.device), self._offsets
+        if memories is not None:
+            offsets = offsets[memories]
+        if slots.shape[1] > self.backend.capacity:  # the oldest are evicted at once and have no slot
+            slots, values = slots[:, -self.backend.capacity :], values[:, -self.backend.capacity :]
+        self.values.view(-1, values.shape[-1])[(slots + offsets).flatten()] = values.flatten(0, 1)
+        if self.usage is not None and memories is not None:
+            self.usage.begin(slots, memories)

@@ -1,7 +1,7 @@
 """The state of an unfinished training run on disk, so that an interrupted run goes on as if nothing had happened.
 
-It holds the float32 weights, the optimisers' moments, caches and memories, the streams' positions, and torch's random
-state.
+It holds the float32 weights, the optimisers' moments, caches and memories with what they count, the streams' positions,
+and torch's random state.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from recollect.memory_backends.errors import MemoryBackendError
 from recollect.memory_backends.registry import load_backend
 from recollect.model.attention import LayerState
 from recollect.model.checkpoints import CheckpointError, read_tensors
-from recollect.model.memory_layer import LayerMemory
 from recollect.model.optimizers import Optimizers
 from recollect.model.streams import DocumentStreams
 from recollect.model.transformer import MemorizingTransformer, ModelState
@@ -45,7 +44,11 @@ def save_training_state(
     tensors: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"optimizer.{name}": tensor for name, tensor in optimizers.state_tensors().items()}
     tensors |= {f"state.{name}": tensor for name, tensor in _layer_tensors(state).items()}
-    tensors |= {f"values.{n}": memory.values for n, memory in enumerate(state.memories)}
+    tensors |= {
+        f"{name}.{number}": tensor
+        for number, memory in enumerate(state.memories)
+        for name, tensor in memory.state_tensors().items()
+    }
     tensors["random.torch"] = torch.get_rng_state()
     with atomic_folder(output / FOLDER) as folder:
         plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -80,9 +83,9 @@ def load_training_state(
         optimizers.load_state_tensors(_under("optimizer.", tensors))
         _restore_layers(state, _under("state.", tensors))
         for number, memory in enumerate(state.memories):
-            backend = load_backend(folder / f"memory{number}", device=memory.backend.device)
-            state.memories[number] = LayerMemory(backend, heads=memory.heads, k=memory.k, device=memory.values.device)
-            state.memories[number].values.copy_(tensors[f"values.{number}"])
+            memory.backend = load_backend(folder / f"memory{number}", device=memory.backend.device)
+            for name, tensor in memory.state_tensors().items():
+                tensor.copy_(tensors[f"{name}.{number}"])
         streams.load_state_dict(header["streams"])
         torch.set_rng_state(tensors["random.torch"])
     except CheckpointError:

@@ -282,7 +282,17 @@ class MemorizingTransformer(nn.Module):
             if len(backends) != len(config.memory_layers):
                 raise ValueError(f"{len(backends)} backends were given for {len(config.memory_layers)} memory layers")
         neighbours = config.k if k is None else k
-        memories = [LayerMemory(made, heads=config.heads, k=neighbours, device=self.device) for made in backends]
+        memories = [
+            LayerMemory(
+                made,
+                heads=config.heads,
+                k=neighbours,
+                device=self.device,
+                eviction=config.eviction,
+                kept_share=config.eviction_kept_share,
+            )
+            for made in backends
+        ]
         return UpperState(layers, memories)
 
     def _empty_layer(self, batch_size: int) -> LayerState:

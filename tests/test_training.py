@@ -30,7 +30,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def options(corpus: Path, output: Path, **changes: Any) -> TrainingOptions:
+def options(corpus: Path, output: Path, model_changes: dict[str, Any] | None = None, **changes: Any) -> TrainingOptions:
     values: dict[str, Any] = {
         "corpus": str(corpus),
         "steps": 12,
@@ -44,7 +44,9 @@ def options(corpus: Path, output: Path, **changes: Any) -> TrainingOptions:
         "threads": 1,
     }
     preset = TrainingOptions.preset("tiny", output, **{**values, **changes})
-    model = preset.model.replace(vocabulary_size=300, memory_size=24, qk_convolution_width=3, xl_cache=8)
+    model = preset.model.replace(
+        **{"vocabulary_size": 300, "memory_size": 24, "qk_convolution_width": 3, "xl_cache": 8, **(model_changes or {})}
+    )
     return TrainingOptions.preset("tiny", output, **{**values, "model": model, **changes})
 
 
@@ -71,7 +73,15 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"optimizer": "adamw"}, {"precision": "bfloat16"}, {"backend": "hnswlib"}], ids=str
+    "changes",
+    [
+        {},
+        {"optimizer": "adamw"},
+        {"precision": "bfloat16"},
+        {"backend": "hnswlib"},
+        {"model_changes": {"eviction": "most_used"}},
+    ],
+    ids=str,
 )
 def test_an_interrupted_run_equals_an_uninterrupted_one(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
