@@ -79,7 +79,7 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
         {"optimizer": "adamw"},
         {"precision": "bfloat16"},
         {"backend": "hnswlib"},
-        {"model_changes": {"eviction": "most_used"}},
+        {"model_changes": {"eviction": "most_used", "memory_size": 64}},
     ],
     ids=str,
 )
