@@ -169,6 +169,11 @@ class Replay:
         self._seconds = 0.0
 
     @property
+    def state(self) -> UpperState:
+        """What the upper layers carry, before the next segment."""
+        return self._state
+
+    @property
     def memories(self) -> list[LayerMemory]:
         """The memory of each memory layer, which may be replaced in place before the first step, to watch them."""
         return self._state.memories

@@ -13,6 +13,7 @@ import math
 import shutil
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ from recollect.model.transformer import MemorizingTransformer, ModelState
 from recollect.model.trunk import compute_trunk
 
 LOG = "training_log.jsonl"
+SNAPSHOTS = "snapshots"
 AVERAGED_STEPS = 100
 
 
@@ -57,8 +59,12 @@ class _Run:
     losses: deque[float]
 
 
-def train(options: TrainingOptions) -> TrainingResult:
+def train(options: TrainingOptions, *, on_step: Callable[[int, float], None] | None = None) -> TrainingResult:
     """Trains a model and writes its checkpoint into `options.output`.
+
+    Args:
+        options: what to train.
+        on_step: called after each step with its number, from 1, and its loss.
 
     The training state is saved on the way and, on Ctrl-C, at the end of the step; the same call then goes on.
 
@@ -88,6 +94,10 @@ def train(options: TrainingOptions) -> TrainingResult:
         advance(run.step, "")
         while run.step < options.steps:
             _step(options, run, log)
+            if run.step in options.snapshots:
+                _snapshot(options, run, tokenizer)
+            if on_step is not None:
+                on_step(run.step, run.losses[-1])
             advance(run.step, f"loss {sum(run.losses) / len(run.losses):.3f}")
             last = run.step == options.steps
             if validation is not None and (last or run.step % options.validate_every == 0):
@@ -262,6 +272,12 @@ def _validate(options: TrainingOptions, model: MemorizingTransformer, text: Eval
             for size in (options.model.memory_size if options.model.memory_layers else 0, 0)
         )
     return {"validation_perplexity": with_memory, "validation_perplexity_without_memory": without}
+
+
+def _snapshot(options: TrainingOptions, run: _Run, tokenizer: Tokenizer) -> None:
+    """Keeps the weights as they are now; an interrupted run that repeats the step writes the same again."""
+    folder = options.output / SNAPSHOTS / str(run.step)
+    save_checkpoint(folder, run.model, tokenizer, metadata={"step": run.step, "of": options.steps}, dtype="bfloat16")
 
 
 def _save(options: TrainingOptions, run: _Run) -> None:

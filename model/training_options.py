@@ -73,6 +73,8 @@ class TrainingOptions:
     """How the finished weights are stored: 'float32' or 'bfloat16' (half the size)."""
     cache_directory: Path | None = None
     """Where token streams are cached; None is the user's cache folder."""
+    snapshots: tuple[int, ...] = ()
+    """Steps after which the weights are kept, in bfloat16, as a checkpoint of their own in `output`/snapshots/<step>."""
     progress: bool = True
     """Show a progress bar on standard error."""
 
@@ -91,6 +93,10 @@ class TrainingOptions:
         ):
             if getattr(self, name) < smallest:
                 raise ConfigurationError(f"{name}={getattr(self, name)} must be at least {smallest}")
+        object.__setattr__(self, "snapshots", tuple(int(step) for step in self.snapshots))
+        for step in self.snapshots:
+            if not 1 <= step < self.steps:
+                raise ConfigurationError(f"snapshots={self.snapshots}: step {step} is not between 1 and {self.steps - 1}")
         if self.checkpoint is not None and self.tokenizer is not None:
             raise ConfigurationError(f"tokenizer={self.tokenizer} cannot be given: the checkpoint brings its own")
         if self.memory_size is not None and self.memory_size < 0:
@@ -120,7 +126,8 @@ class TrainingOptions:
 
     def to_dict(self) -> dict[str, Any]:
         """What decides the weights, as plain JSON values: paths, progress and saving are left out."""
-        left_out = {"output", "model", "tokenizer", "checkpoint", "cache_directory", "progress", "resume", "save_every"}
+        left_out = {"output", "model", "tokenizer", "checkpoint", "cache_directory", "progress", "resume"}
+        left_out |= {"save_every", "snapshots"}
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name not in left_out}
         return {**values, "model": self.model.to_dict()}
 

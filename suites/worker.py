@@ -37,9 +37,14 @@ def main() -> int:
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     _set_threads(int(task["threads"]))
     tell = _teller(events)
-    {"prepare": _prepare, "record": _record, "cells": _measure_cells, "larger": _measure_larger}[task["kind"]](
-        task, tell
-    )
+    kinds = {
+        "prepare": _prepare,
+        "record": _record,
+        "cells": _measure_cells,
+        "larger": _measure_larger,
+        "ablation": _ablate,
+    }
+    kinds[task["kind"]](task, tell)
     tell("end")
     return 0
 
@@ -167,6 +172,13 @@ def _measure_larger(task: dict[str, Any], tell: Tell) -> None:
         # The first rows hold what a library does once; the rate of a larger memory is a better guess.
         seconds_per_key = (time.perf_counter() - start) / size if size >= 4096 else 0.0
         tell("done", index=index, row=row)
+
+
+def _ablate(task: dict[str, Any], tell: Tell) -> None:
+    from .ablation.process import run
+
+    with _writing(tell, task["output"]):
+        run(task, tell)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ _ROOTS = (
     ("recollect.model.sampling", "GenerationError"),
     ("recollect.suites.cells", "CellError"),
     ("recollect.suites.comparison", "CompareError"),
+    ("recollect.suites.ablation.options", "AblateError"),
     ("recollect.reports.errors", "ReportError"),
 )
 

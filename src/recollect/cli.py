@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from recollect._version import __version__
+from recollect.commands.ablate import ablate
 from recollect.commands.backends import backends
 from recollect.commands.compare import compare
 from recollect.commands.evaluate import evaluate
@@ -30,7 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for verb in (backends, train, evaluate, compare, report, trace):
+for verb in (backends, train, evaluate, compare, ablate, report, trace):
     app.command()(verb)
 
 

@@ -1,0 +1,172 @@
+"""The files of a grid that reports read: run.json and rows.jsonl, from the records of trainings and evaluations."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recollect._version import __version__
+from recollect.memory_backends.atomic import write_json, write_text
+
+from ..environment import commit_of, describe_machine, is_changed, library_versions
+from .grid import Grid
+from .jobs import DIVERGED, EVALUATIONS, TRAINED, Plan, PlannedRow, read_record
+from .options import AblateOptions
+from .plan import chosen_variants
+from .sections import Section
+from .stability import SPIKE_RULE
+
+SCHEMA = 1
+RUN, ROWS, GRID = "run.json", "rows.jsonl", "grid.toml"
+
+_TRAINING = (
+    "digest",
+    "steps",
+    "tokens",
+    "parameters",
+    "seconds",
+    "step_ms",
+    "final_loss",
+    "spikes",
+    "gradient_norm_median",
+    "gradient_norm_max",
+    "diverged_at",
+)
+_EVALUATION = (
+    "digest",
+    "perplexity",
+    "accuracy",
+    "tokens",
+    "seconds",
+    "us_per_token",
+    "backend",
+    "memory_size",
+    "k",
+    "text",
+)
+
+
+def row_of(planned: PlannedRow, plan: Plan, output: Path, failures: Mapping[str, str]) -> dict[str, Any]:
+    """One line of rows.jsonl, with what is there by now."""
+    row: dict[str, Any] = {
+        "schema": SCHEMA,
+        "grid": planned.grid,
+        "section": planned.section,
+        "variant": planned.variant,
+        "seed": planned.seed,
+        "status": "missing",
+        "reason": "",
+        "kind": planned.kind,
+        "reference": planned.reference,
+        "training": None,
+        "evaluation": None,
+        "costs": None,
+        "probes": {},
+        "system": {},
+    }
+    if planned.skip:
+        return {**row, "status": "skipped", "reason": planned.skip}
+    job = plan.trainings[planned.training]
+    trained = read_record(job.folder / TRAINED)
+    diverged = read_record(job.folder / DIVERGED)
+    found = trained or diverged
+    if found is not None:
+        defaults = {"digest": job.digest, "steps": job.options.steps, "tokens": job.options.tokens}
+        row["training"] = {name: {**defaults, **found}.get(name) for name in _TRAINING}
+    if trained is None and diverged is not None:
+        return {**row, "status": "diverged", "reason": diverged["reason"]}
+    for name, digest in planned.probes.items():
+        record = read_record(plan.evaluations[digest].path(output))
+        if record is not None:
+            row["probes"][name] = {"numbers": record["numbers"], "rows": record["rows"]}
+    record = read_record(plan.evaluations[planned.evaluation].path(output))
+    wanted = (planned.training, planned.evaluation, *planned.probes.values())
+    reason = next((failures[digest] for digest in wanted if digest in failures), "")
+    if record is None:
+        return {**row, "status": "failed" if reason else "missing", "reason": reason}
+    row["system"] = record["system"]
+    row["costs"] = record["costs"]
+    names = (
+        "digest",
+        "perplexity",
+        "accuracy",
+        "tokens",
+        "seconds",
+        "us_per_token",
+        "backend",
+        "memory_size",
+        "k",
+        "text",
+    )
+    row["evaluation"] = {name: record[name] for name in names}
+    row["evaluation"]["losses"] = f"../{EVALUATIONS}/{planned.evaluation}.npz"
+    # A probe that failed leaves the row's own figures as they are, and says so.
+    return {**row, "status": "ok", "reason": reason}
+
+
+def write_rows(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows.jsonl, whole or not at all."""
+    write_text(folder / ROWS, "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_run(
+    folder: Path,
+    grid: Grid,
+    options: AblateOptions,
+    sections: Sequence[Section],
+    *,
+    seeds: int,
+    vocabulary_size: int,
+    kinds: Mapping[str, str],
+    finished: bool,
+) -> None:
+    """Writes run.json and the grid's own text."""
+    before = read_record(folder / RUN)
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    commit = commit_of()
+    write_json(
+        folder / RUN,
+        {
+            "schema": SCHEMA,
+            "recollect_version": __version__,
+            "grid": grid.name,
+            "question": grid.question,
+            "scale": grid.scale,
+            "reference": grid.reference,
+            "paper": grid.paper,
+            "seeds": list(range(seeds)),
+            "sections": [
+                {
+                    "name": section.name,
+                    "corpus": Path(section.source).name,
+                    "corpus_digest": section.digest,
+                    "tokenizer_digest": section.tokenizer_key(vocabulary_size),
+                }
+                for section in sections
+            ],
+            "variants": [
+                {
+                    "name": variant.name,
+                    "summary": variant.summary,
+                    "kind": kinds.get(variant.name, "train"),
+                    "reference": variant.reference,
+                    "changes": variant.changes,
+                }
+                for variant in chosen_variants(grid, options.variants)
+            ],
+            "spike_rule": SPIKE_RULE,
+            "machine": describe_machine(),
+            "libraries": library_versions(),
+            "threads": options.threads,
+            "jobs": options.jobs,
+            "commit": commit,
+            "uncommitted_changes": is_changed() if commit else None,
+            "created": (before or {}).get("created", now),
+            "updated": now,
+            "finished": finished,
+        },
+    )
+    write_text(folder / GRID, grid.text)

@@ -1,0 +1,388 @@
+"""Running an ablation: what is planned and not there yet, in processes of their own, early seeds and cheap jobs first.
+
+    result = ablate(AblateOptions(grids=("gate",), jobs=2))
+
+Whatever ends a run, the same command goes on where it stopped: a training from its last saved state, an evaluation from
+its beginning. What is there is found by the digest of all that decides it, whichever grid made it.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from ..processes import LAST, Event, WorkerProcess
+from .grid import Grid, Variant, load_grid
+from .jobs import TRAINED, EvaluationJob, Plan, TrainingJob, read_record
+from .matching import Costs
+from .options import AblateError, AblateOptions, AblateResult
+from .plan import Planner, Resolved
+from .progress import Reporter, minutes
+from .results import row_of, write_rows, write_run
+from .sections import Section, make_tokenizer, read_sections
+
+Task = tuple[TrainingJob, list[EvaluationJob]]
+
+
+def plan_ablation(options: AblateOptions) -> tuple[list[Grid], list[Section], Plan]:
+    """Grids, sections and plan, everything checked, nothing trained; what `match_cost` measures is left at its least.
+
+    Raises:
+        AblateError, CorpusError: something cannot be run as asked.
+    """
+    run = _Ablation(options)
+    run.read()
+    run.make_plan(measure=False)
+    return run.grids, run.sections, run.plan
+
+
+def ablate(options: AblateOptions) -> AblateResult:
+    """Runs what the grids need and is not there yet, then writes rows, tables and pages.
+
+    Raises:
+        AblateError, CorpusError: something cannot be run as asked, or another run is writing to the folder.
+        OSError: the output cannot be written; what was there before is as it was.
+        KeyboardInterrupt: Ctrl-C, after the processes were ended.
+    """
+    return _Ablation(options).run()
+
+
+class _Ablation:
+    def __init__(self, options: AblateOptions) -> None:
+        self.options = options
+        self.output = Path(options.output).resolve()
+        self.started = time.perf_counter()
+        self.failures: dict[str, str] = {}
+        self.trained = self.evaluated = 0
+        self.notes: list[str] = []
+        self.workers: set[WorkerProcess] = set()
+        self.lock = threading.Lock()
+        self.stopped = False
+
+    # Planning
+
+    def read(self) -> None:
+        """Reads grids and corpora."""
+        self.grids = [load_grid(name, self.options.scale) for name in dict.fromkeys(self.options.grids)]
+        names = [grid.name for grid in self.grids]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise AblateError(f"two grids are named {', '.join(sorted(twice))}: their results would share a folder")
+        known = {variant.name for grid in self.grids for variant in grid.variants}
+        for name in self.options.variants:
+            if name not in known:
+                raise AblateError(f"no grid has a variant {name!r}; there are {', '.join(sorted(known))}")
+        # Grids are checked before the corpora, which take longer to read.
+        Planner(self.options, (), matched=_least).check(self.grids)
+        self.sections, self.corpora = read_sections(self.options.corpora)
+
+    def make_plan(self, *, measure: bool) -> None:
+        """Plans all grids, seeds outermost."""
+        costs = Costs(self.output, self.options, measure=measure)
+        planner = Planner(self.options, self.sections, matched=costs.matched, measured=self._seconds)
+        for grid in self.grids:
+            planner.add(grid)
+        self.plan = planner.plan
+
+    def _seconds(self, digest: str) -> float | None:
+        record = read_record(self.output / "checkpoints" / digest / TRAINED)
+        return None if record is None else float(record["seconds"])
+
+    # Running
+
+    def run(self) -> AblateResult:
+        """See `ablate`."""
+        self.read()
+        if self.output.exists() and not self.output.is_dir():
+            raise AblateError(f"output {self.output} is a file: give a folder")
+        self.output.mkdir(parents=True, exist_ok=True)
+        with self._alone(), Reporter(self.options.progress) as self.reporter:
+            self.make_plan(measure=True)
+            self._prepare()
+            tasks = self._tasks()
+            open_evaluations = sum(len(evaluations) for _, evaluations in tasks)
+            self.total = len(self.plan.trainings) + len(self.plan.evaluations)
+            self.left = {job.digest for job, _ in tasks if job.state() == "open"}
+            self.left |= {job.digest for _, evaluations in tasks for job in evaluations}
+            reused = self.total - len(self.left)
+            self._write(finished=False)
+            self.reporter.note(
+                f"{len(self.plan.rows)} rows: {len(self.plan.trainings)} trainings and {len(self.plan.evaluations)} "
+                f"evaluations, of which {len(self.left) - open_evaluations} and {open_evaluations} are to be done, in "
+                f"about {minutes(self._remaining())}"
+            )
+            self._run_all(tasks)
+            self._write(finished=True)
+            if self.options.report:
+                self._report()
+        rows = [(grid, self._rows(grid)) for grid in self.grids]
+        told = {
+            status: tuple(
+                (grid.name, row["section"], row["variant"], row["seed"], row["reason"])
+                for grid, lines in rows
+                for row in lines
+                if row["status"] == status
+            )
+            for status in ("diverged", "failed")
+        }
+        return AblateResult(
+            output=self.output,
+            folders=tuple(self.output / grid.name for grid in self.grids),
+            trained=self.trained,
+            evaluated=self.evaluated,
+            reused=reused,
+            diverged=told["diverged"],
+            failed=told["failed"],
+            notes=tuple(self.notes),
+            seconds=time.perf_counter() - self.started,
+        )
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        lock = filelock.FileLock(self.output / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise AblateError(
+                f"another ablation is writing to {self.output}: wait for it, or give another output folder"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _prepare(self) -> None:
+        """Tokenizers, so that processes find them, and the lengths of documents, so that nothing is found out late."""
+        from recollect.model.token_cache import tokenize
+        from recollect.model.tokenizer import load_tokenizer
+
+        from .sections import evaluation_text
+
+        wanted = {(job.section, job.options.model.vocabulary_size) for job in self.plan.trainings.values()}
+        by_name = {section.name: section for section in self.sections}
+        for name, vocabulary in sorted(wanted):
+            self.reporter.note(f"tokens of {name}")
+            path = make_tokenizer(by_name[name], self.corpora[name], self.output, vocabulary)
+            tokenizer = load_tokenizer(path)
+            cached = self.options.cache_directory
+            splits = {"train", *(job.settings.split for job in self.plan.evaluations.values())}
+            documents = {split: tokenize(self.corpora[name], split, tokenizer, cached) for split in sorted(splits)}
+            seen = set()
+            for job in self.plan.evaluations.values():
+                training = self.plan.trainings[job.training]
+                if (training.section, training.options.model.vocabulary_size) != (name, vocabulary):
+                    continue
+                length = job.config.segment_length
+                shape = (
+                    job.settings.split,
+                    job.settings.rows,
+                    job.settings.max_tokens,
+                    job.settings.fill_tokens,
+                    length,
+                )
+                if shape not in seen:
+                    seen.add(shape)
+                    evaluation_text(documents[job.settings.split], job.settings, length, name)
+
+    def _tasks(self) -> list[Task]:
+        """A training with its evaluations for each checkpoint that lacks something, in the order to start them."""
+        wanted = {row.training for row in self.plan.rows if not row.skip}
+        evaluations = {
+            digest for row in self.plan.rows if not row.skip for digest in (row.evaluation, *row.probes.values())
+        }
+        wanted = {row.training for row in self.plan.rows if not row.skip}
+        for digest in list(wanted):
+            start = self.plan.trainings[digest].start
+            while start is not None:
+                wanted.add(start)
+                start = self.plan.trainings[start].start
+        tasks = []
+        for digest in wanted:
+            job = self.plan.trainings[digest]
+            state = job.state()
+            if state == "diverged":
+                continue
+            todo = [
+                item
+                for item in self.plan.evaluations_of(digest)
+                if item.digest in evaluations and read_record(item.path(self.output)) is None
+            ]
+            if state == "open" or todo:
+                tasks.append((job, todo))
+        return sorted(tasks, key=lambda task: (task[0].options.seed, self._cost(task), task[0].digest))
+
+    def _cost(self, task: Task) -> float:
+        """Expected seconds, those of what it starts from included, so that it comes after that."""
+        job, evaluations = task
+        before = self.plan.trainings[job.start] if job.start is not None else None
+        own = job.seconds if job.state() == "open" else 0.0
+        return own + sum(item.seconds for item in evaluations) + (before.seconds if before is not None else 0.0)
+
+    def _remaining(self) -> float:
+        """Expected seconds until all is done."""
+        trainings = [job.seconds for digest, job in self.plan.trainings.items() if digest in self.left]
+        evaluations = [job.seconds for digest, job in self.plan.evaluations.items() if digest in self.left]
+        return (sum(trainings) + sum(evaluations)) / self.options.jobs
+
+    def _run_all(self, tasks: list[Task]) -> None:
+        """Runs the tasks, `jobs` at a time; one that starts from another's checkpoint waits for it."""
+        waiting = list(tasks)
+        running: dict[concurrent.futures.Future[None], Task] = {}
+        with concurrent.futures.ThreadPoolExecutor(self.options.jobs) as pool:
+            try:
+                while waiting or running:
+                    open_now = {job.digest for job, _ in waiting} | {job.digest for job, _ in running.values()}
+                    for task in list(waiting):
+                        if len(running) == self.options.jobs:
+                            break
+                        start = task[0].start
+                        if start is not None and start in open_now:
+                            continue
+                        waiting.remove(task)
+                        if start is not None and self.plan.trainings[start].state() != "trained":
+                            self._give_up(task, f"its start, {self.plan.trainings[start].label}, was not trained")
+                            continue
+                        running[pool.submit(self._run_task, task)] = task
+                    done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+                    for future in done:
+                        del running[future]
+                        future.result()
+            finally:
+                self.stopped = True
+                for worker in list(self.workers):
+                    worker.kill()
+
+    def _give_up(self, task: Task, reason: str) -> None:
+        job, evaluations = task
+        with self.lock:
+            for digest in (job.digest, *(item.digest for item in evaluations)):
+                self.failures[digest] = reason
+                self.left.discard(digest)
+        self._write(finished=False)
+
+    def _run_task(self, task: Task) -> None:
+        """One process, from its start to its end."""
+        if self.stopped:
+            return
+        job, evaluations = task
+        key = f"{job.label} seed {job.options.seed}"
+        section = next(section for section in self.sections if section.name == job.section)
+        content = {
+            "kind": "ablation",
+            "output": str(self.output),
+            "section": dataclasses.asdict(section),
+            "training": job.as_json(),
+            "evaluations": [item.as_json() for item in evaluations],
+            "cache_directory": None if self.options.cache_directory is None else str(self.options.cache_directory),
+        }
+        log = self.output / "logs" / f"{job.digest}.log"
+        worker = WorkerProcess(content, threads=self.options.threads, log=log)
+        self.workers.add(worker)
+        last: Event = {"event": "end"}
+        try:
+            for event in worker.events(timeout=self.options.timeout):
+                if event["event"] == "cannot-write":
+                    raise OSError(f"cannot write {event['path']}: {event['reason']}")
+                if event["event"] in LAST:
+                    last = event
+                else:
+                    self._hear(key, job, evaluations, event)
+        finally:
+            worker.kill()
+            self.workers.discard(worker)
+            self.reporter.ended(key)
+        if last["event"] != "end" and not self.stopped:
+            self._crashed(job, evaluations, str(last["reason"]))
+
+    def _crashed(self, job: TrainingJob, evaluations: Sequence[EvaluationJob], reason: str) -> None:
+        """Notes what a process that died leaves undone."""
+        with self.lock:
+            left = [digest for digest in (job.digest, *(item.digest for item in evaluations)) if digest in self.left]
+            for digest in left:
+                self.failures[digest] = reason
+                self.left.discard(digest)
+        self.reporter.note(f"{job.label}, seed {job.options.seed}: failed: {reason}")
+        self._write(finished=False)
+
+    def _hear(self, key: str, job: TrainingJob, evaluations: Sequence[EvaluationJob], event: Event) -> None:
+        kind = event["event"]
+        if kind == "step":
+            detail = f"loss {event['loss']:.3f}" if "loss" in event else ""
+            self.reporter.working(key, f"{key}: {event['what']}", event["done"] / max(1, event["of"]), detail)
+            return
+        if kind == "start":
+            self.reporter.working(key, f"{key}: evaluating {event['index'] + 1} of {len(evaluations)}", 0.0)
+            return
+        digest = str(event["digest"])
+        with self.lock:
+            self.left.discard(digest)
+            if kind == "trained":
+                self.trained += 1
+                text = f"{key} ({job.section}): trained"
+            elif kind == "done":
+                self.evaluated += 1
+                item = evaluations[int(event["index"])]
+                record = read_record(item.path(self.output)) or {}
+                figure = f"perplexity {record['perplexity']:.3f}" if "perplexity" in record else "probed"
+                text = f"{item.label} seed {item.seed} ({job.section}): {figure}"
+            else:
+                self.failures[digest] = str(event["reason"])
+                text = f"{key} ({job.section}): {kind}: {event['reason']}"
+                if kind == "diverged":
+                    del self.failures[digest]
+                    self.left -= {item.digest for item in evaluations}
+            done, left = self.total - len(self.left), self._remaining()
+        self.reporter.finished(done, self.total, text, left)
+        self._write(finished=False)
+
+    # Results
+
+    def _rows(self, grid: Grid) -> list[dict[str, Any]]:
+        order = {name: place for place, name in enumerate(variant.name for variant in grid.variants)}
+        sections = {section.name: place for place, section in enumerate(self.sections)}
+        planned = [row for row in self.plan.rows if row.grid == grid.name]
+        planned.sort(key=lambda row: (sections[row.section], order[row.variant], row.seed))
+        return [row_of(row, self.plan, self.output, self.failures) for row in planned]
+
+    def _write(self, *, finished: bool) -> None:
+        with self.lock:
+            for grid in self.grids:
+                folder = self.output / grid.name
+                rows = self._rows(grid)
+                write_rows(folder, rows)
+                write_run(
+                    folder,
+                    grid,
+                    self.options,
+                    self.sections,
+                    seeds=grid.seeds if self.options.seeds is None else self.options.seeds,
+                    vocabulary_size=next(iter(self.plan.trainings.values())).options.model.vocabulary_size,
+                    kinds={row["variant"]: row["kind"] for row in self.plan.rows if not row.skip},
+                    finished=finished and all(row["status"] not in ("missing", "failed") for row in rows),
+                )
+
+    def _report(self) -> None:
+        """Tables and pages, by the room that knows how."""
+        import importlib.util
+
+        if importlib.util.find_spec("recollect.reports.ablation") is None:
+            return
+        from recollect.reports.ablation import write_ablation_report
+
+        for grid in self.grids:
+            self.reporter.note(f"writing the report of {grid.name}")
+            write_ablation_report(self.output / grid.name)
+
+
+def _least(grid: Grid, variant: Variant, resolved: Resolved) -> dict[str, Any]:
+    """The least of the values that `match_cost` may set, for checking a grid."""
+    assert variant.match_cost is not None
+    return {variant.match_cost.vary.partition(".")[2]: variant.match_cost.values[0]}
