@@ -203,7 +203,9 @@ class _Work:
             "tokens": result.tokens,
             "seconds": round(evaluated.seconds, 3),
             "us_per_token": 1e6 * evaluated.seconds / max(1, evaluated.scored_tokens),
-            **result.memory.as_json(),
+            "backend": result.memory.backend,
+            "memory_size": result.memory.memory_size,
+            "k": result.memory.k if result.memory.memory_size else 0,
             "text": text,
             "system": figures,
             "costs": {

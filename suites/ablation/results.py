@@ -107,9 +107,20 @@ def row_of(planned: PlannedRow, plan: Plan, output: Path, failures: Mapping[str,
     return {**row, "status": "ok", "reason": reason}
 
 
-def write_rows(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows.jsonl, whole or not at all."""
+def write_rows(folder: Path, rows: Sequence[Mapping[str, Any]], sections: Sequence[Section]) -> None:
+    """Writes rows.jsonl, whole or not at all; rows of other sections, from earlier calls, stay."""
+    here = {section.name for section in sections}
+    rows = [*(row for row in read_rows(folder) if row["section"] not in here), *rows]
     write_text(folder / ROWS, "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows that lie in a grid's folder; empty where there are none that can be read."""
+    try:
+        lines = (folder / ROWS).read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+    except (OSError, ValueError):
+        return []
 
 
 def write_run(
@@ -127,6 +138,8 @@ def write_run(
     before = read_record(folder / RUN)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     commit = commit_of()
+    here = {section.name for section in sections}
+    others = [section for section in (before or {}).get("sections", []) if section["name"] not in here]
     write_json(
         folder / RUN,
         {
@@ -139,13 +152,16 @@ def write_run(
             "paper": grid.paper,
             "seeds": list(range(seeds)),
             "sections": [
-                {
-                    "name": section.name,
-                    "corpus": Path(section.source).name,
-                    "corpus_digest": section.digest,
-                    "tokenizer_digest": section.tokenizer_key(vocabulary_size),
-                }
-                for section in sections
+                *others,
+                *(
+                    {
+                        "name": section.name,
+                        "corpus": Path(section.source).name,
+                        "corpus_digest": section.digest,
+                        "tokenizer_digest": section.tokenizer_key(vocabulary_size),
+                    }
+                    for section in sections
+                ),
             ],
             "variants": [
                 {

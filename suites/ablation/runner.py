@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +266,7 @@ class _Ablation:
             for digest in (job.digest, *(item.digest for item in evaluations)):
                 self.failures[digest] = reason
                 self.left.discard(digest)
-        self._write(finished=False)
+        self._write_rows({job.digest})
 
     def _run_task(self, task: Task) -> None:
         """One process, from its start to its end."""
@@ -310,7 +310,7 @@ class _Ablation:
                 self.failures[digest] = reason
                 self.left.discard(digest)
         self.reporter.note(f"{job.label}, seed {job.options.seed}: failed: {reason}")
-        self._write(finished=False)
+        self._write_rows({job.digest})
 
     def _hear(self, key: str, job: TrainingJob, evaluations: Sequence[EvaluationJob], event: Event) -> None:
         kind = event["event"]
@@ -341,7 +341,7 @@ class _Ablation:
                     self.left -= {item.digest for item in evaluations}
             done, left = self.total - len(self.left), self._remaining()
         self.reporter.finished(done, self.total, text, left)
-        self._write(finished=False)
+        self._write_rows({digest})
 
     # Results
 
@@ -352,12 +352,21 @@ class _Ablation:
         planned.sort(key=lambda row: (sections[row.section], order[row.variant], row.seed))
         return [row_of(row, self.plan, self.output, self.failures) for row in planned]
 
+    def _write_rows(self, digests: Collection[str]) -> None:
+        """Writes the rows of the grids that have a part in something that changed."""
+        with self.lock:
+            for grid in self.grids:
+                rows = (row for row in self.plan.rows if row.grid == grid.name)
+                if any(not {row.training, row.evaluation, *row.probes.values()}.isdisjoint(digests) for row in rows):
+                    write_rows(self.output / grid.name, self._rows(grid), self.sections)
+
     def _write(self, *, finished: bool) -> None:
+        """Writes everything of all grids."""
         with self.lock:
             for grid in self.grids:
                 folder = self.output / grid.name
                 rows = self._rows(grid)
-                write_rows(folder, rows)
+                write_rows(folder, rows, self.sections)
                 write_run(
                     folder,
                     grid,
@@ -365,7 +374,7 @@ class _Ablation:
                     self.sections,
                     seeds=grid.seeds if self.options.seeds is None else self.options.seeds,
                     vocabulary_size=next(iter(self.plan.trainings.values())).options.model.vocabulary_size,
-                    kinds={row["variant"]: row["kind"] for row in self.plan.rows if not row.skip},
+                    kinds={row["variant"]: row["kind"] for row in rows},
                     finished=finished and all(row["status"] not in ("missing", "failed") for row in rows),
                 )
 

@@ -36,21 +36,8 @@ ONLY_WITH_MEMORY = (
 AT_EVALUATION = ("segment_length", "xl_cache", "attention_window", "eviction", "eviction_kept_share")
 """Values of the model that an evaluation may change: no weight depends on them."""
 
-_NOT_IN_GRIDS = frozenset(
-    [
-        "output",
-        "model",
-        "memory_size",
-        "checkpoint",
-        "corpus",
-        "tokenizer",
-        "seed",
-        "threads",
-        "cache_directory",
-        "progress",
-        "resume",
-    ]
-)
+_NOT_IN_GRIDS = ("output", "model", "memory_size", "checkpoint", "corpus", "tokenizer", "seed", "threads")
+_ELSEWHERE = (*_NOT_IN_GRIDS, "cache_directory", "progress", "resume")
 _TRAINING_KEYS = tuple(field.name for field in dataclasses.fields(TrainingOptions) if field.name not in _ELSEWHERE)
 _NOT_DECIDING = ("corpus", "validate_every", "validation_tokens", "weights_dtype")
 """Values of `TrainingOptions.to_dict` that the weights do not depend on, or that a digest of the content replaces."""
