@@ -17,6 +17,7 @@ Letters: H key-value heads, N tokens of all documents together, D head dimension
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import time
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor
 
 from recollect.memory_backends.atomic import write_bytes, write_json
+from recollect.pretrained.records import LayerShape
 
 MANIFEST, DOCUMENTS, LOCK = "manifest.json", "documents", ".lock"
 FORMAT = "recollect-memory-store"
@@ -170,7 +172,36 @@ class MemoryStore:
         if identity.key_form != mine.key_form:
             raise StoreError(f"{self.path} keeps keys {mine.key_form!r}, not {identity.key_form!r}; {remedy}")
 
+    def check_tokenizer(self, tokenizer_digest: str) -> None:
+        """Raises StoreError if the store's documents were cut into tokens by another tokenizer."""
+        self.check(dataclasses.replace(self.identity, tokenizer_digest=tokenizer_digest))
+
+    def check_fits(self, shapes: tuple[LayerShape, ...], model: Any) -> None:
+        """Raises StoreError, with the reason, if it was not made by this Hugging Face model and these layers.
+
+        The tokenizer is not asked: a model does not know it (see `check_tokenizer`).
+        """
+        from recollect.pretrained.identity import digest_pretrained
+
+        for shape in shapes:
+            self.check(
+                dataclasses.replace(
+                    self.identity,
+                    model=type(model).__name__,
+                    model_digest=digest_pretrained(model),
+                    layers=tuple(other.layer for other in shapes),
+                    heads=shape.key_heads,
+                    head_dim=shape.head_dim,
+                    key_form=shape.key_form,
+                )
+            )
+
     # What is in it
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers whose keys it holds."""
+        return self.identity.layers
 
     def __len__(self) -> int:
         return len(self._documents)

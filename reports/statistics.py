@@ -137,6 +137,43 @@ def difference_interval(
     return _percentile(estimate, replicates, blocks, confidence)
 
 
+def mean_interval(
+    values: NDArray[np.floating],
+    chosen: NDArray[np.bool_],
+    blocks: Blocks,
+    *,
+    against: NDArray[np.bool_] | None = None,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+) -> Interval:
+    """The mean of `values` (N,) over the tokens marked in `chosen` (N,), with its interval.
+
+    against: other tokens (N,), whose mean, over the same draws of blocks, is subtracted.
+
+    Raises ValueError where nothing is marked: there is no mean of nothing.
+    """
+    estimate, replicates = _mean_replicates(values, chosen, blocks, seed)
+    if against is not None:
+        other, other_replicates = _mean_replicates(values, against, blocks, seed)
+        estimate, replicates = estimate - other, replicates - other_replicates
+    # A draw may hold no token of a rare kind; it says nothing about their mean.
+    return _percentile(estimate, replicates[np.isfinite(replicates)], blocks, confidence)
+
+
+def _mean_replicates(
+    values: NDArray[np.floating], chosen: NDArray[np.bool_], blocks: Blocks, seed: int
+) -> tuple[float, NDArray[np.float64]]:
+    if not chosen.any():
+        raise ValueError("no token is marked: there is no mean of nothing")
+    labels = blocks.labels[chosen]
+    sums = np.bincount(labels, weights=values[chosen], minlength=blocks.count)
+    sizes = np.bincount(labels, minlength=blocks.count).astype(np.float64)
+    draws = _multinomial(blocks.count, seed)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        replicates = (draws @ sums) / (draws @ sizes)
+    return float(np.mean(values[chosen], dtype=np.float64)), replicates
+
+
 def _draws(blocks: Blocks, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """How often each block is drawn in each resample (R, count), and the tokens per block (count,)."""
     sizes = np.bincount(blocks.labels, minlength=blocks.count).astype(np.float64)
