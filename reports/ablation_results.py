@@ -31,13 +31,24 @@ RERUN = "run the same `recollect ablate` command again: it goes on where it stop
 
 @dataclass(frozen=True)
 class Variant:
-    """One variant of a grid. reference: the variant that it is compared with, None where it is the reference itself."""
+    """One variant of a grid.
+
+    reference: the variant that it is compared with, None where it is the reference itself.
+    changes: what it says itself, dotted names. settings: all its values, by table (model, training, evaluation).
+    """
 
     name: str
     summary: str
     kind: str
     reference: str | None
     changes: Mapping[str, Any]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def value(self, table: str, name: str) -> Any:
+        """A value of a table, such as ('model', 'k'); None where the folder does not tell."""
+        values = self.settings.get(table)
+        own = values.get(name) if isinstance(values, Mapping) else None
+        return self.changes.get(f"{table}.{name}") if own is None else own
 
 
 @dataclass(frozen=True)
@@ -174,6 +185,7 @@ def _variant(folder: Path, entry: Any, reference: Any) -> Variant:
             str(entry.get("kind") or "train"),
             None if own is None or own == name else str(own),
             dict(changes),
+            _mapping(entry.get("settings")),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ReportError(f"{folder / RUN}: a variant is not as it should be ({error!r}): {RERUN}") from error

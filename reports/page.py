@@ -46,7 +46,7 @@ def json_for_html(value: Any) -> Markup:
 
 
 @cache
-def _bundle() -> Markup:
+def bundle() -> Markup:
     """Vega, Vega-Lite and vega-embed as one script, from vl-convert."""
     import vl_convert
 
@@ -73,7 +73,7 @@ def render_html(analysis: Analysis, figures: Sequence[Figure], stills: Mapping[s
         statuses=sorted({r.cell.status for r in analysis.rows}),
         css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         script=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),
-        bundle=_bundle(),
+        bundle=bundle(),
         specifications=json_for_html({f.name: f.specification(standalone=False) for f in figures}),
     )
 
@@ -135,9 +135,9 @@ def render_markdown(analysis: Analysis, figures: Sequence[Figure]) -> str:
     run = analysis.results.run
     parts = ["# Which index should hold the memory?\n", f"{escape_markdown(contents.subtitle(analysis))}\n"]
     for note in contents.notes(analysis):
-        parts.append(f"> {_code_markdown(note)}\n")
+        parts.append(f"> {code_markdown(note)}\n")
     for finding in findings(analysis):
-        parts.append(f"**{finding.question}** {_code_markdown(finding.answer)}\n")
+        parts.append(f"**{finding.question}** {code_markdown(finding.answer)}\n")
     tables = contents.tables(analysis)
     rules = {"advice": f"{contents.RULES['size']} Time is that of {analysis.cost_name}."}
     rules |= {"ladder": contents.RULES["ladder"], "smallest": contents.RULES["footprint"]}
@@ -145,7 +145,7 @@ def render_markdown(analysis: Analysis, figures: Sequence[Figure]) -> str:
         parts.append(f"## {escape_markdown(table.caption)}\n")
         if name in rules:
             parts.append(f"{rules[name]}\n")
-        lines = [[_code_markdown(cell) for cell in line] for line in table.lines]
+        lines = [[code_markdown(cell) for cell in line] for line in table.lines]
         parts.append(
             markdown_table([_heading(h) for h in table.headings], lines, right=[h.number for h in table.headings])
         )
@@ -159,7 +159,7 @@ def render_markdown(analysis: Analysis, figures: Sequence[Figure]) -> str:
         lines.append([_cell_markdown(name, shown(values[name], digits)) for name, _, _, digits in SHOWN])
     parts.append(markdown_table(headings, lines, right=[digits is not None for *_, digits in SHOWN]))
     parts.append("## Method\n")
-    parts += [f"{_code_markdown(paragraph)}\n" for paragraph in contents.method(analysis)]
+    parts += [f"{code_markdown(paragraph)}\n" for paragraph in contents.method(analysis)]
     parts.append("## What it was measured on\n")
     parts += [f"- {escape_markdown(name)}: {escape_markdown(value)}" for name, value in contents.facts(run)]
     parts.append(f"\nRepeat it:\n\n```\n{contents.repeat(run)}\n```\n")
@@ -172,11 +172,11 @@ def _heading(heading: Heading) -> str:
 
 def _cell_markdown(name: str, text: str) -> str:
     if name == "spec":
-        return _code_markdown("`" + text.replace("`", "'") + "`")
+        return code_markdown("`" + text.replace("`", "'") + "`")
     return escape_markdown(text)
 
 
-def _code_markdown(text: str) -> str:
+def code_markdown(text: str) -> str:
     """Escapes a text except between backticks, where only what breaks a table has to go."""
     parts = text.split("`")
     if len(parts) % 2 == 0:

@@ -61,8 +61,8 @@ def write_synthetic_results(
     generator = np.random.default_rng(seed)
     document = np.repeat(np.arange(documents, dtype=np.int32), tokens_per_document)
     position = np.tile(np.arange(tokens_per_document, dtype=np.int32), documents)
-    base = _autocorrelated(generator, len(document)) * 1.2 + math.log(36.0)
-    copying = np.clip(_autocorrelated(generator, len(document)) + 0.9, 0, None)
+    base = autocorrelated(generator, len(document)) * 1.2 + math.log(36.0)
+    copying = np.clip(autocorrelated(generator, len(document)) + 0.9, 0, None)
     copying /= copying.mean()
     names = [f"package_{i}" for i in range(documents)]
     run = _run(sizes, documents, len(document), names, seed)
@@ -81,7 +81,7 @@ def write_synthetic_results(
             mass = 1 - (1 - recall) ** 1.3
             gain = 0.33 * (1 - math.exp(-size / 1500)) * mass**0.8
             noise = 0.0 if spec == "exact" else 0.01 * (1 - recall + 0.02)
-            losses = base - copying * gain + noise * _autocorrelated(generator, len(base))
+            losses = base - copying * gain + noise * autocorrelated(generator, len(base))
             ms = fixed + per_thousand * size / 1000 * (size / 8192) ** (growth - 1)
             figures: dict[str, Any] = {
                 "recall_at_k": recall,
@@ -150,7 +150,7 @@ def _run(sizes: tuple[int, ...], documents: int, tokens: int, names: list[str], 
     }
 
 
-def _autocorrelated(generator: np.random.Generator, count: int, correlation: float = 0.8) -> np.ndarray:
+def autocorrelated(generator: np.random.Generator, count: int, correlation: float = 0.8) -> np.ndarray:
     """(count,) first-order autoregressive noise of unit variance."""
     from scipy.signal import lfilter
 

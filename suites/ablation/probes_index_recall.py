@@ -25,7 +25,7 @@ from ..oracle import Judge, Oracle, consult
 from .probe_types import ProbeResult
 
 VERSION = 1
-OPTIONS: dict[str, Any] = {"specs": [], "memory_size": 0, "k": 0, "segments": 0}
+OPTIONS: dict[str, Any] = {"specs": [], "memory_size": 0, "k": 0, "segments": 32}
 """specs: registry strings, empty for each installed index with its default options. memory_size, k: 0 is the model's
 own. segments: read so many segments of the text, 0 for all."""
 

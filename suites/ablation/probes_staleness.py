@@ -38,7 +38,7 @@ from recollect.model.trunk import TrunkOutput, compute_trunk
 from .probe_types import ProbeResult
 
 VERSION = 1
-OPTIONS: dict[str, Any] = {"memory_size": 0, "k": 0, "segments": 0}
+OPTIONS: dict[str, Any] = {"memory_size": 0, "k": 0, "segments": 32}
 """memory_size, k: 0 is the model's own. segments: read so many segments of the text, 0 for all."""
 
 

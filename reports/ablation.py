@@ -1,0 +1,86 @@
+"""Writing the report of ablation grids into their folders."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recollect.reports.ablation_results import grid_folders, load_ablation
+from recollect.reports.errors import ReportError
+from recollect.reports.files import write_bytes, write_text
+
+if TYPE_CHECKING:
+    from recollect.reports.ablation_analysis import AblationAnalysis
+
+PAGE, INDEX, MARKDOWN, TABLE = "report.html", "index.html", "results.md", "results.csv"
+_OURS = re.compile(r".+-(difference|axis|cost)")
+
+
+@dataclass(frozen=True)
+class AblationReportFiles:
+    """What was written for one grid."""
+
+    page: Path
+    markdown: Path
+    table_csv: Path
+    figures: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class AblationReport:
+    """What was written. page: the grid's, or the page over the grids."""
+
+    page: Path
+    grids: tuple[AblationReportFiles, ...]
+
+
+def write_ablation_report(folder: Path | str) -> AblationReport:
+    """Writes results.csv, results.md, report.html and figures/ into a grid's folder.
+
+    For a folder that holds grids it does so for each of them, and writes index.html beside them. Each file is replaced
+    whole. Raises ReportError when the results of a grid cannot be read, before anything of that grid is written.
+    """
+    folder = Path(folder)
+    folders = grid_folders(folder)
+    if not folders:
+        raise ReportError(f"{folder} holds no ablation grid; name a folder that `recollect ablate --output` wrote")
+    # Imported here: altair takes longer to import than a caller that only asks what a folder is should wait.
+    from recollect.reports import ablation_page
+    from recollect.reports.ablation_analysis import AblationAnalysis
+
+    analyses = [AblationAnalysis(load_ablation(path)) for path in folders]
+    written = tuple(_write_grid(analysis) for analysis in analyses)
+    if folders == (folder,):
+        return AblationReport(written[0].page, written)
+    return AblationReport(write_text(folder / INDEX, ablation_page.render_index(analyses)), written)
+
+
+def _write_grid(analysis: AblationAnalysis) -> AblationReportFiles:
+    from recollect.reports import ablation_page
+    from recollect.reports.ablation_figures import ablation_figures
+    from recollect.reports.ablation_rows import csv_text
+    from recollect.reports.drawing import draw
+
+    target = analysis.ablation.folder
+    # Everything is made before anything is written, so that an error leaves the former report as it was.
+    figures = ablation_figures(analysis)
+    drawn = {figure.name: draw(figure) for figure in figures}
+    html = ablation_page.render_grid(analysis, figures, {name: svg for name, (svg, _) in drawn.items()})
+    markdown = ablation_page.render_markdown(analysis, figures)
+    table = csv_text(analysis)
+    paths = []
+    for name, (svg, png) in drawn.items():
+        paths.append(write_text(target / "figures" / f"{name}.svg", svg))
+        paths.append(write_bytes(target / "figures" / f"{name}.png", png))
+    if (target / "figures").is_dir():  # a figure that these results no longer have must not stay behind
+        for path in (target / "figures").iterdir():
+            if path.suffix in (".svg", ".png") and path not in paths and _OURS.fullmatch(path.stem):
+                path.unlink()
+    return AblationReportFiles(
+        page=write_text(target / PAGE, html),
+        markdown=write_text(target / MARKDOWN, markdown),
+        table_csv=write_text(target / TABLE, table),
+        figures=tuple(paths),
+    )

@@ -1,0 +1,292 @@
+"""The page of one grid, the same in Markdown, and the page over all grids."""
+
+from __future__ import annotations
+
+import base64
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from recollect.reports.ablation_analysis import AblationAnalysis
+from recollect.reports.ablation_findings import findings, headline
+from recollect.reports.ablation_paper import comparisons, paper_table
+from recollect.reports.ablation_rows import cost_table, missing_table, probe_table, quality_table, values
+from recollect.reports.ablation_statistics import RESAMPLES
+from recollect.reports.contents import UNKNOWN, Heading, Table, text
+from recollect.reports.drawing import Figure
+from recollect.reports.page import TEMPLATES, bundle, code, code_markdown, json_for_html
+from recollect.reports.rows import escape_markdown, markdown_table, shown
+from recollect.reports.style import marks, svg_path
+
+# Column of results.csv, heading and unit, and digits after the point (None: as it stands).
+WHOLE: tuple[tuple[str, str, str, int | None], ...] = (
+    ("section", "Text", "", None),
+    ("variant", "Variant", "", None),
+    ("kind", "Kind", "", None),
+    ("status", "Status", "", None),
+    ("seeds_ok", "Seeds", "with figures", 0),
+    ("perplexity", "Perplexity", "", 3),
+    ("perplexity_difference", "Difference", "perplexity", 3),
+    ("difference_percent", "Difference", "%", 2),
+    ("percent_low", "from", "%, 95 %", 2),
+    ("percent_high", "to", "%, 95 %", 2),
+    ("accuracy", "Accuracy", "share", 4),
+    ("accuracy_difference", "Difference", "share", 4),
+    ("spikes", "Loss spikes", "per training", 2),
+    ("gradient_norm_max", "Gradient norm", "largest", 2),
+    ("step_ms", "Training step", "ms", 1),
+    ("evaluation_us_per_token", "Evaluation", "µs per token", 1),
+    ("memory_bytes", "Memory", "bytes per sequence", 0),
+    ("backend", "Backend", "at evaluation", None),
+    ("memory_size", "Memory size", "keys", 0),
+    ("k", "k", "", 0),
+    ("reason", "Reason", "", None),
+)
+
+
+@dataclass(frozen=True)
+class _Cell:
+    value: str
+    text: str
+    kind: str
+
+
+def grid_tables(analysis: AblationAnalysis) -> dict[str, list[Table]]:
+    """The tables by place on the page; those without lines are left out."""
+    sections = [section for section in analysis.ablation.sections if analysis.of(section)]
+    made = {
+        "quality": [quality_table(analysis, section) for section in sections],
+        "paper": [paper_table(found)] if (found := comparisons(analysis)) else [],
+        "cost": [cost_table(analysis, section) for section in sections],
+        "probes": [probe_table(analysis, section) for section in sections],
+        "missing": [missing_table(analysis)],
+    }
+    return {name: [table for table in tables if table.lines] for name, tables in made.items()}
+
+
+def render_grid(analysis: AblationAnalysis, figures: Sequence[Figure], stills: Mapping[str, str]) -> str:
+    """The page of one grid. stills: SVG text by figure name, shown where scripts do not run."""
+    rows = []
+    for row in analysis.rows:
+        found = values(row)
+        cells = []
+        for name, _, _, digits in WHOLE:
+            value = found.get(name)
+            kind = "number" if digits is not None else {"variant": "spec", "reason": "text"}.get(name, "")
+            plain = "" if value is None else str(value)
+            cells.append(_Cell(plain, shown(value, digits), kind if plain or kind != "text" else ""))
+        rows.append({"size": row.section, "status": row.status, "cells": cells})
+    whole = {"headings": [Heading(title, unit, digits is not None) for _, title, unit, digits in WHOLE], "rows": rows}
+    return _template("ablation.html.j2").render(
+        grid=analysis.ablation.grid,
+        subtitle=subtitle(analysis),
+        findings=findings(analysis),
+        notes=notes(analysis),
+        tables=grid_tables(analysis),
+        figures=[_figure(figure, stills) for figure in figures],
+        whole=whole,
+        sections=analysis.ablation.sections,
+        statuses=sorted({row.status for row in analysis.rows}),
+        method=method(analysis),
+        facts=facts(analysis),
+        repeat=repeat(analysis),
+        version=text(analysis.ablation.run, "recollect_version"),
+        css=_css(),
+        script=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),
+        bundle=bundle(),
+        specifications=json_for_html({f.name: f.specification(standalone=False) for f in figures}),
+    )
+
+
+def render_index(analyses: Sequence[AblationAnalysis]) -> str:
+    """The page over several grids: what each asked and found, with the way to its page."""
+    grids = [
+        {
+            "name": analysis.ablation.grid,
+            "folder": analysis.ablation.folder.name,
+            "question": analysis.ablation.question,
+            "answer": headline(analysis),
+            "paper": next((f.answer for f in findings(analysis) if f.question.startswith("Does it agree")), ""),
+            "subtitle": subtitle(analysis),
+            "notes": notes(analysis),
+        }
+        for analysis in analyses
+    ]
+    version = text(analyses[0].ablation.run, "recollect_version") if analyses else UNKNOWN
+    return _template("ablations.html.j2").render(grids=grids, css=_css(), version=version)
+
+
+def _template(name: str) -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    environment.filters["code"] = code
+    return environment.get_template(name)
+
+
+def _css() -> Markup:
+    return Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
+
+
+def _figure(figure: Figure, stills: Mapping[str, str]) -> dict[str, Any]:
+    still = base64.b64encode(stills[figure.name].encode()).decode()
+    legend = [
+        {"backend": name, "colour": mark.colour, "path": svg_path(mark)}
+        for name, mark in (marks(figure.backends) if figure.legend else {}).items()
+    ]
+    return {
+        "name": figure.name,
+        "title": figure.title,
+        "short": figure.short or figure.title,
+        "caption": figure.caption,
+        "alternative": figure.alternative,
+        "legend": legend,
+        "still": Markup(f"data:image/svg+xml;base64,{still}"),
+    }
+
+
+def subtitle(analysis: AblationAnalysis) -> str:
+    """One line: how much was run, at which scale, on what."""
+    ablation = analysis.ablation
+    seeds, variants = len(ablation.seeds), len(ablation.variants)
+    texts = ", ".join(ablation.sections)
+    return (
+        f"{variants} variants, {seeds} {'seed' if seeds == 1 else 'seeds'}, scale `{text(ablation.run, 'scale')}`, on "
+        f"{texts or UNKNOWN}, measured on {text(ablation.run, 'machine', 'cpu')}."
+    )
+
+
+def notes(analysis: AblationAnalysis) -> list[str]:
+    """What a reader must know before trusting the figures."""
+    ablation = analysis.ablation
+    found = []
+    if not ablation.run.get("finished", True) or any(row.status == "missing" for row in analysis.rows):
+        found.append("This grid is not finished: what stands here is what was run so far.")
+    without = [row.name for row in analysis.measured if row.reference is not None and row.percent is None]
+    if without:
+        found.append(
+            "No difference can be taken for "
+            + ", ".join(f"`{name}`" for name in dict.fromkeys(without))
+            + ": they share no text or no seed with their reference, or the reference has no figures."
+        )
+    tokens, documents, block = analysis.text
+    if tokens and tokens // block < 60:
+        found.append(f"The text is short ({tokens:,} tokens of {documents} documents): the intervals are rough.")
+    return found + [str(note) for note in ablation.run.get("notes") or []]
+
+
+def method(analysis: AblationAnalysis) -> list[str]:
+    """How the figures came about, in paragraphs."""
+    tokens, documents, block = analysis.text
+    paragraphs = []
+    if tokens:
+        paragraphs.append(
+            f"Intervals: a hierarchical bootstrap of {RESAMPLES:,} replicates over seeds and text. Text: moving blocks "
+            f"of {block} consecutive tokens within documents ({tokens:,} tokens of {documents} documents), since "
+            "neighbouring losses depend on each other. Seeds: too few to be resampled, so their part is drawn from "
+            "Student's t with the spread of the seeds' own differences. A difference is paired by token and by seed: "
+            "both variants' losses of a drawn token stand in the same replicate, and both were trained on the same "
+            "tokens in the same order. The text part speaks of these documents, not of others."
+        )
+    paragraphs.append(
+        "Perplexity is the exponential of the mean loss per token, taken for each seed and averaged over seeds. "
+        "Accuracy is the share of tokens whose likeliest prediction was right. A difference in per cent is that of the "
+        "perplexities against the variant's reference. A seed that diverged has no perplexity: it counts as diverged, "
+        "and differences are over the seeds that both have."
+    )
+    rule = str(analysis.ablation.run.get("spike_rule") or "")
+    paragraphs.append(
+        "Stability and cost are figures of a run; their intervals are Student's, over seeds"
+        + (f". A loss spike is {rule}" if rule else "")
+        + ". Hard text makes spikes too, the same in every variant of a seed. Times hold for this machine."
+    )
+    return paragraphs
+
+
+def facts(analysis: AblationAnalysis) -> list[tuple[str, str]]:
+    """Where the figures come from, in pairs of name and value."""
+    run = analysis.ablation.run
+    libraries = run.get("libraries")
+    listed = ", ".join(f"{k} {v}" for k, v in sorted(libraries.items())) if isinstance(libraries, Mapping) else UNKNOWN
+    machine = f"{text(run, 'machine', 'cpu')}, {text(run, 'machine', 'cores')} cores, "
+    machine += f"{text(run, 'machine', 'ram_gib')} GiB memory, {text(run, 'machine', 'os')}"
+    sections = run.get("sections")
+    texts = [
+        f"{section.get('name')} ({section.get('corpus')}; digest {str(section.get('corpus_digest'))[:16]})"
+        for section in (sections if isinstance(sections, list) else [])
+        if isinstance(section, Mapping)
+    ]
+    commit = text(run, "commit") + (" with changes on top" if run.get("uncommitted_changes") else "")
+    return [
+        ("Machine", machine),
+        *((("GPU", text(run, "machine", "gpu")),) if text(run, "machine", "gpu") != UNKNOWN else ()),
+        ("Python", text(run, "machine", "python")),
+        ("recollect", f"{text(run, 'recollect_version')}, commit {commit}"),
+        ("Libraries", listed),
+        ("Date", text(run, "created")),
+        ("Scale", text(run, "scale")),
+        ("Seeds", ", ".join(map(str, analysis.ablation.seeds))),
+        ("Texts", "; ".join(texts) or UNKNOWN),
+    ]
+
+
+def repeat(analysis: AblationAnalysis) -> str:
+    """The command that measures this again."""
+    run = analysis.ablation.run
+    if isinstance(run.get("command"), str):
+        return str(run["command"])
+    parts = ["recollect", "ablate", analysis.ablation.grid, "--scale", text(run, "scale")]
+    for section in run.get("sections") or []:
+        if isinstance(section, Mapping):
+            name, corpus = section.get("name"), section.get("corpus")
+            parts += ["--corpus", str(corpus) if name == corpus else f"{name}={corpus}"]
+    return shlex.join([*parts, "--seeds", str(len(analysis.ablation.seeds)), "--output", "out/again"])
+
+
+def render_markdown(analysis: AblationAnalysis, figures: Sequence[Figure]) -> str:
+    """The grid in Markdown; a documentation page can take its parts by name (`<!-- --8<-- [start:findings] -->`)."""
+    tables = grid_tables(analysis)
+    told = findings(analysis)
+    parts = [f"# {escape_markdown(analysis.ablation.question)}\n", f"{code_markdown(subtitle(analysis))}\n"]
+    parts.append(_part("notes", [f"> {code_markdown(note)}\n" for note in notes(analysis)]))
+    parts.append(_part("findings", [f"**{code_markdown(f.question)}** {code_markdown(f.answer)}\n" for f in told]))
+    for name, title in (
+        ("quality", "Perplexity and accuracy"),
+        ("paper", "Beside the paper"),
+        ("cost", "Stability and cost"),
+        ("probes", "What else was measured"),
+        ("missing", "Without figures"),
+    ):
+        if tables[name]:
+            parts.append(f"## {title}\n")
+            parts.append(_part(name, [_markdown(table) for table in tables[name]]))
+    if figures:
+        parts.append("## Figures\n")
+        parts += [f"![{escape_markdown(figure.alternative)}](figures/{figure.name}.svg)\n" for figure in figures]
+    parts.append("## Method\n")
+    parts += [f"{code_markdown(paragraph)}\n" for paragraph in method(analysis)]
+    parts.append("## Where it was measured\n")
+    facts_lines = [f"- {escape_markdown(name)}: {escape_markdown(value)}" for name, value in facts(analysis)]
+    parts.append(_part("machine", ["\n".join(facts_lines) + "\n"]))
+    parts.append(f"Repeat it:\n\n```bash\n{repeat(analysis)}\n```\n")
+    return "\n".join(parts)
+
+
+def _part(name: str, lines: Sequence[str]) -> str:
+    return "\n".join([f"<!-- --8<-- [start:{name}] -->\n", *lines, f"<!-- --8<-- [end:{name}] -->\n"])
+
+
+def _markdown(table: Table) -> str:
+    lines = [[code_markdown(cell) for cell in line] for line in table.lines]
+    headings = [escape_markdown(f"{h.text} ({h.unit})" if h.unit else h.text) for h in table.headings]
+    headings = [
+        code_markdown(h.text) if "`" in h.text else made for h, made in zip(table.headings, headings, strict=True)
+    ]
+    return f"*{escape_markdown(table.caption)}.*\n\n" + markdown_table(
+        headings, lines, right=[h.number for h in table.headings]
+    )
