@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,13 +17,13 @@ from recollect.reports.rows import shown
 INK, SOFT, ZERO = "#0072b2", "#9db8cc", "#888888"
 _LABELS = 140  # pixels for a variant's name
 _FULL = ("spikes", "gradient_norm_max", "step_ms", "evaluation_us_per_token", "memory_bytes")
-# Axes that a grid may run along: name, title, whether sizes grow by factors.
+# Axes that a grid may run along: name, title, what a heading calls it, whether sizes grow by factors.
 AXES = (
-    ("memory_size", "Memory at evaluation (keys)", True),
-    ("k", "Neighbours k", True),
-    ("layer", "Layer of the memory, counted from 0", False),
-    ("segment_length", "Segment length (tokens)", True),
-    ("xl_cache", "XL cache (tokens)", True),
+    ("memory_size", "Memory at evaluation (keys)", "memory size", True),
+    ("k", "Neighbours k", "the number of neighbours", True),
+    ("layer", "Layer of the memory, counted from 0", "the memory's layer", False),
+    ("segment_length", "Segment length (tokens)", "segment length", True),
+    ("xl_cache", "XL cache (tokens)", "the XL cache", True),
 )
 
 
@@ -95,7 +96,7 @@ def differences(analysis: AblationAnalysis) -> Figure | None:
 def along_axis(analysis: AblationAnalysis) -> Figure | None:
     """Perplexity along the size that most variants differ in, where there is one."""
     best = max(AXES, key=lambda axis: len({_place(r, axis[0]) for r in analysis.measured} - {None, 0}))
-    name, title, growing = best
+    name, title, called, growing = best
     records: list[Record] = []
     levels: list[Record] = []
     for row in analysis.measured:
@@ -133,7 +134,7 @@ def along_axis(analysis: AblationAnalysis) -> Figure | None:
         layers.append(dashed.encode(tooltip=_tips(percent=False)))
     return Figure(
         _name(analysis, "axis"),
-        f"Perplexity along: {title.split(' (')[0].lower()}",
+        f"Perplexity against {called}",
         "Each mark is a variant's mean over seeds; bars are 95 % intervals over the text alone, of the perplexity "
         "itself: differences between two marks are known better than the bars suggest, since both read the same text."
         + (" Dashed: without memory." if levels else ""),
@@ -154,7 +155,7 @@ def costs(analysis: AblationAnalysis) -> Figure | None:
     panels = []
     for measured in (f for name in _FULL for f in MEASURES if f.name == name):
         records = [
-            _record(row, row.figures[measured.name]) | {"backend": row.section}
+            _record(row, _not_below_zero(row.figures[measured.name])) | {"backend": row.section}
             for row in analysis.measured
             if measured.name in row.figures
         ]
@@ -202,6 +203,11 @@ def _cost_panel(measured: Measure, records: Sequence[Record], style: Style | Non
         bars = bars.encode(color=style.colour, opacity=style.opacity(0.6))
         marks = marks.encode(color=style.colour, shape=style.shape, opacity=style.opacity())
     return alt.layer(bars, marks).properties(height=alt.Step(22))
+
+
+def _not_below_zero(value: SeedInterval) -> SeedInterval:
+    """Counts, times and bytes are never negative, whatever Student's interval says."""
+    return value if value.low is None else dataclasses.replace(value, low=max(value.low, 0.0))
 
 
 def _record(row: Row, value: SeedInterval) -> Record:
@@ -283,12 +289,17 @@ def _place(row: Row, axis: str) -> float | None:
 def _series(analysis: AblationAnalysis, row: Row, axis: str) -> str:
     """Which line a variant belongs to: its text, and what its weights were trained with where that differs."""
     parts = [row.section] if len(analysis.ablation.sections) > 1 else []
-    if axis in ("memory_size", "k"):
-        trained, here = row.variant.value("model", axis), row.evaluation.get(axis)
-        if row.variant.kind == "fine-tune":
-            parts.append("fine-tuned")
-        elif trained is None or trained == here or not here:
-            parts.append("trained so")
-        else:
-            parts.append(f"trained with {trained:,}")
+    ways = {_way(other, axis) for other in analysis.measured if _place(other, axis)}
+    if len(ways) > 1:
+        parts.append(_way(row, axis))
     return ", ".join(parts) or row.section or "perplexity"
+
+
+def _way(row: Row, axis: str) -> str:
+    """How weights came to be evaluated at this size."""
+    trained, here = row.variant.value("model", axis), _place(row, axis)
+    if row.variant.kind == "fine-tune":
+        return "fine-tuned to it"
+    if axis == "layer" or trained is None or trained == here or not trained or not here:
+        return "trained with it"
+    return f"trained with {trained:,}"

@@ -115,7 +115,11 @@ def _memory(analysis: AblationAnalysis) -> Iterable[Comparison]:
         first = _at(rows, lambda n: n == 8192) or _nearest(rows, 8192)
         more = _at(rows, lambda n: n == 65_536) or _at(rows, lambda n: n >= 32_768)
         figures = TABLE_4[data]
-        for one, other, place in ((none, first, 0), (first, more, 1)):
+        # From 8192 keys to more with the same training, where there is such a pair.
+        trained = more.variant.value("model", "memory_size") if more is not None else None
+        alike = [row for row in rows if row.variant.value("model", "memory_size") == trained]
+        before = _at(alike, lambda n: n == 8192) or first
+        for one, other, place in ((none, first, 0), (before, more, 1)):
             if one is None or other is None or one is other:
                 continue
             sizes = f"from {_keys(one)} to {_keys(other)}"
@@ -143,9 +147,9 @@ def _at(rows: Sequence[Row], fits: Callable[[int], bool]) -> Row | None:
         and row.variant.kind in ("train", "evaluate", "fine-tune")
     ]
 
-    def order(row: Row) -> tuple[bool, int]:
+    def order(row: Row) -> tuple[bool, bool, int]:
         trained = row.variant.value("model", "memory_size") == row.evaluation.get("memory_size")
-        return not trained, int(row.evaluation["memory_size"])
+        return row.variant.kind == "fine-tune", not trained, int(row.evaluation["memory_size"])
 
     return min(found, key=order, default=None)
 
@@ -173,11 +177,12 @@ def _layers(analysis: AblationAnalysis) -> Iterable[Comparison]:
             depth = (single[0] + 1) / layers
             for layer in LAYERS:
                 known = at.get(layer)
+                # Of two layers as near, the one higher up.
                 if abs(depth - layer / 12) <= 1 / 12 + 1e-9 and (
-                    known is None or abs(depth - layer / 12) < abs(_depth(known) - layer / 12)
+                    known is None or abs(depth - layer / 12) <= abs(_depth(known) - layer / 12) + 1e-9
                 ):
                     at[layer] = row
-        for other, one in ((12, 6), (3, 6), (12, 9), (6, 9)):
+        for other, one in ((12, 6), (3, 6), (12, 9), (3, 9), (6, 9)):
             before, after = at.get(other), at.get(one)
             if before is None or after is None or before is after:
                 continue
@@ -202,7 +207,7 @@ def _neighbours(analysis: AblationAnalysis) -> Iterable[Comparison]:
         by_k = {}
         for row in analysis.of(section):
             trained, k = row.variant.value("model", "k"), row.evaluation.get("k")
-            if isinstance(k, int) and (k not in by_k or trained == k):
+            if isinstance(k, int) and row.evaluation.get("memory_size") and (k not in by_k or trained == k):
                 by_k[k] = row
         for k in (128, 256):
             if 32 in by_k and k in by_k:
