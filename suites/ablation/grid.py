@@ -160,6 +160,8 @@ def load_grid(name: str, scale: str) -> Grid:
         if label in chosen:
             raise AblateError(f"{path} has two variants named {label!r}")
         _check_keys(item, _VARIANT_KEYS, f"{path}, variant {label!r}")
+        for name, values in item.get("scales", {}).items():
+            _check_keys(values, (*TABLES, "options"), f"{path}, variant {label!r}, scale {name!r}")
         only = item.get("only", list(scales))
         only = [only] if isinstance(only, str) else only
         for wanted in (*only, *item.get("scales", {})):
@@ -283,11 +285,20 @@ def _variant(
         parent=item.get("from", item.get("start_from")),
         start_from=item.get("start_from"),
         system=system,
-        options={key: value for name in reversed(line) for key, value in chosen[name].get("options", {}).items()},
+        options=_options(chosen, line, scale),
         match_cost=None if matched is None else _match(matched, chosen, where),
         probes=probes,
         reference=_known(item.get("reference", reference), chosen, f"{where}: reference"),
     )
+
+
+def _options(chosen: dict[str, dict[str, Any]], line: list[str], scale: str) -> dict[str, Any]:
+    """The system's options, those of ancestors first."""
+    found: dict[str, Any] = {}
+    for name in reversed(line):
+        found |= chosen[name].get("options", {})
+        found |= chosen[name].get("scales", {}).get(scale, {}).get("options", {})
+    return found
 
 
 def _ancestors(path: Path, chosen: dict[str, dict[str, Any]], label: str) -> list[str]:

@@ -128,12 +128,14 @@ class Plan:
 
     Attributes:
         asked: trainings and evaluations that the rows would be without sharing.
+        settings: all values of each (grid, variant), for run.json.
     """
 
     rows: list[PlannedRow] = field(default_factory=list)
     trainings: dict[str, TrainingJob] = field(default_factory=dict)
     evaluations: dict[str, EvaluationJob] = field(default_factory=dict)
     asked: int = 0
+    settings: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
 
     def evaluations_of(self, training: str) -> list[EvaluationJob]:
         """The evaluations of one training, those of one text beside each other."""

@@ -25,7 +25,7 @@ from .settings import (
     training_identity,
     training_options,
 )
-from .systems import check_system
+from .systems import check_system, training_free_config
 
 EVALUATION_SHARE = 0.1
 """An evaluation's time as a share of a training's, until one was measured; for the order and the estimate only."""
@@ -60,6 +60,19 @@ class Resolved:
             return self.variant.system
         return "train" if self.start is None else "fine-tune"
 
+    def described(self) -> dict[str, Any]:
+        """Everything that is trained and evaluated, nothing left to defaults, for run.json."""
+        training = self.training.to_dict()
+        for name in ("model", "seed", "corpus", "validate_every", "validation_tokens"):
+            training.pop(name)
+        training["memory_size"] = self.trained.memory_size if self.trained.memory_layers else 0
+        return {
+            "model": self.trained.to_dict(),
+            "training": training,
+            "evaluation": dataclasses.asdict(self.settings),
+            "evaluated_model": self.evaluated.to_dict(),
+        }
+
 
 def resolve(grid: Grid, variant: Variant, options: AblateOptions, *, seed: int, changes: dict[str, Any]) -> Resolved:
     """Makes and checks everything that a variant names.
@@ -75,7 +88,8 @@ def resolve(grid: Grid, variant: Variant, options: AblateOptions, *, seed: int, 
     training = training_options(
         variant.tables["training"], trained, where, seed=seed, threads=options.threads, device=options.device
     )
-    settings, evaluated = evaluation_settings(variant.tables["evaluation"], trained, training, where)
+    base = training_free_config(trained, variant.options, where) if variant.system == "training-free" else trained
+    settings, evaluated = evaluation_settings(variant.tables["evaluation"], base, training, where)
     check_system(variant, trained, settings, where)
     for name, values in variant.probes.items():
         _probe_module(name, values, where)
@@ -166,6 +180,7 @@ class Planner:
             raise AblateError(
                 f"{where}: {variant.system} is tuned on validation documents, and corpus {section.name!r} has none"
             )
+        self.plan.settings.setdefault((grid.name, variant.name), resolved.described())
         training = self._training(grid, section, resolved)
         evaluation = self._evaluation(section, resolved, training, resolved.variant.system, variant.options, where)
         probes = {}
@@ -257,7 +272,8 @@ class Planner:
         identity = {
             "training": training,
             "text": section.split_digests[settings.split],
-            "settings": dataclasses.asdict(settings),
+            # Defaults are left out, so that a setting added by a later release changes no identity.
+            "settings": {name: value for name, value in dataclasses.asdict(settings).items() if value != _PLAIN[name]},
             "system": system,
             "options": options,
             "seed": resolved.training.seed,
@@ -277,6 +293,9 @@ class Planner:
                 label=where.replace("grid ", "").replace(", variant ", "/").replace("'", ""),
             )
         return digest
+
+
+_PLAIN = dataclasses.asdict(EvaluationSettings())
 
 
 def training_only(system: str) -> bool:

@@ -141,7 +141,7 @@ class _Work:
 
     def text(self, settings: EvaluationSettings, segment_length: int) -> EvaluationText:
         """The text of an evaluation."""
-        key = f"{settings.split} {settings.rows} {settings.max_tokens} {settings.fill_tokens} {segment_length}"
+        key = f"{settings.text_key} {segment_length}"
         if key not in self._texts:
             self._texts[key] = evaluation_text(
                 self.documents(settings.split), settings, segment_length, self.section.name

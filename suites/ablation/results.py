@@ -128,6 +128,7 @@ def write_run(
     grid: Grid,
     options: AblateOptions,
     sections: Sequence[Section],
+    plan: Plan,
     *,
     seeds: int,
     vocabulary_size: int,
@@ -170,6 +171,8 @@ def write_run(
                     "kind": kinds.get(variant.name, "train"),
                     "reference": variant.reference,
                     "changes": variant.changes,
+                    "settings": plan.settings.get((grid.name, variant.name)),
+                    "system_options": variant.options,
                 }
                 for variant in chosen_variants(grid, options.variants)
             ],

@@ -175,19 +175,13 @@ class _Ablation:
             cached = self.options.cache_directory
             splits = {"train", *(job.settings.split for job in self.plan.evaluations.values())}
             documents = {split: tokenize(self.corpora[name], split, tokenizer, cached) for split in sorted(splits)}
-            seen = set()
+            seen: set[tuple[str, int]] = set()
             for job in self.plan.evaluations.values():
                 training = self.plan.trainings[job.training]
                 if (training.section, training.options.model.vocabulary_size) != (name, vocabulary):
                     continue
                 length = job.config.segment_length
-                shape = (
-                    job.settings.split,
-                    job.settings.rows,
-                    job.settings.max_tokens,
-                    job.settings.fill_tokens,
-                    length,
-                )
+                shape = (job.settings.text_key, length)
                 if shape not in seen:
                     seen.add(shape)
                     evaluation_text(documents[job.settings.split], job.settings, length, name)
@@ -372,6 +366,7 @@ class _Ablation:
                     grid,
                     self.options,
                     self.sections,
+                    self.plan,
                     seeds=grid.seeds if self.options.seeds is None else self.options.seeds,
                     vocabulary_size=next(iter(self.plan.trainings.values())).options.model.vocabulary_size,
                     kinds={row["variant"]: row["kind"] for row in rows},

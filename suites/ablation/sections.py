@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -109,6 +110,8 @@ def evaluation_text(
     Raises:
         CorpusError: no document is long enough.
     """
+    if settings.documents == "sampled":
+        documents = _sample(documents, settings)
     if not settings.fill_tokens:
         return choose_text(documents, rows=settings.rows, segment_length=segment_length, max_tokens=settings.max_tokens)
     order = sorted(range(len(documents)), key=lambda place: (-len(documents.arrays[place]), documents.names[place]))
@@ -127,6 +130,28 @@ def evaluation_text(
         arrays=tuple(documents.arrays[place][:share] for place in chosen),
     )
     return choose_text(picked, rows=len(chosen), segment_length=segment_length, max_tokens=None)
+
+
+def _sample(documents: TokenizedDocuments, settings: EvaluationSettings) -> TokenizedDocuments:
+    """Documents in the order of a hash of their names, until their first tokens are as many as are to be read.
+
+    The hash is of the name alone, so the sample is the same on every machine and does not prefer long documents.
+    """
+    share = settings.fill_tokens + settings.max_tokens // settings.rows
+    order = sorted(
+        range(len(documents)), key=lambda place: hashlib.sha256(f"sample:{documents.names[place]}".encode()).digest()
+    )
+    chosen, left = [], share * settings.rows
+    for place in order:
+        if left <= 0:
+            break
+        chosen.append(place)
+        left -= min(share, len(documents.arrays[place]))
+    return dataclasses.replace(
+        documents,
+        names=tuple(documents.names[place] for place in chosen),
+        arrays=tuple(documents.arrays[place] for place in chosen),
+    )
 
 
 def check_lengths(section: Section, settings: EvaluationSettings, segment_length: int, where: str) -> None:

@@ -30,12 +30,14 @@ ONLY_WITH_MEMORY = (
     "eviction",
     "eviction_kept_share",
     "separate_memory_scale",
+    "memory_position_bias",
 )
 """Values of a configuration that mean nothing without a memory."""
 
 AT_EVALUATION = ("segment_length", "xl_cache", "attention_window", "eviction", "eviction_kept_share")
 """Values of the model that an evaluation may change: no weight depends on them."""
 
+DOCUMENTS = ("longest", "sampled")
 _NOT_IN_GRIDS = ("output", "model", "memory_size", "checkpoint", "corpus", "tokenizer", "seed", "threads")
 _ELSEWHERE = (*_NOT_IN_GRIDS, "cache_directory", "progress", "resume")
 _TRAINING_KEYS = tuple(field.name for field in dataclasses.fields(TrainingOptions) if field.name not in _ELSEWHERE)
@@ -55,6 +57,7 @@ class EvaluationSettings:
         max_tokens: tokens that are scored, over all rows.
         fill_tokens: tokens of each document that are only written into the memory before scoring begins, so that a
             large memory is full; 0 scores from the first token on.
+        documents: 'longest', where a memory has most to remember, or 'sampled', as long as they happen to be.
         split: which documents: 'test' or 'validation'.
         precision: 'float32' or 'bfloat16' for autocast.
         model: other values of the model's configuration, of `AT_EVALUATION`.
@@ -66,9 +69,15 @@ class EvaluationSettings:
     rows: int = 8
     max_tokens: int = 65_536
     fill_tokens: int = 0
+    documents: str = "longest"
     split: str = "test"
     precision: str = "float32"
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def text_key(self) -> str:
+        """Everything that decides which tokens are read, but for the segment's length."""
+        return f"{self.split} {self.documents} {self.rows} {self.max_tokens} {self.fill_tokens}"
 
 
 def model_config(table: Mapping[str, Any], where: str) -> ModelConfig:
@@ -149,6 +158,8 @@ def evaluation_settings(
         value = getattr(settings, name)
         if value is not None and (not _is(value, int) or value < smallest):
             raise AblateError(f"{where}: evaluation.{name} is {value!r}; want a whole number of at least {smallest}")
+    if settings.documents not in DOCUMENTS:
+        raise AblateError(f"{where}: evaluation.documents is {settings.documents!r}; choose of {', '.join(DOCUMENTS)}")
     if settings.split not in ("test", "validation"):
         raise AblateError(f"{where}: evaluation.split is {settings.split!r}; choose test or validation")
     if settings.precision not in PRECISIONS:
