@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from recollect.model.compressive import make_compression
 from recollect.model.configuration import ModelConfig
 from recollect.model.gates import Scores, make_gate
+from recollect.model.hidden_keys import AnyMemory, HiddenMemory, KeyValueMap
 from recollect.model.local_attention import LayerState, advance, local_logits
-from recollect.model.memory_layer import LayerMemory
 from recollect.model.position_bias import RelativePositionBias
 
 __all__ = ["Attention", "LayerState", "QueryKeyConvolution"]
@@ -83,7 +83,7 @@ class Attention(nn.Module):
         query, key = (layer.weight.view(heads, dim, -1) for layer in (self.query, self.key))
         query[:, dim // 2 :] = key[:, dim // 2 :]
 
-    def forward(self, hidden: Tensor, state: LayerState, memory: LayerMemory | None) -> tuple[Tensor, LayerState]:
+    def forward(self, hidden: Tensor, state: LayerState, memory: AnyMemory | None) -> tuple[Tensor, LayerState]:
         """Attention output (B, T, W) for normalised input `hidden` (B, T, W), and the state after these tokens.
 
         Rows that start a document must have been reset in `state` and `memory` by the caller. The memory is searched
@@ -103,11 +103,19 @@ class Attention(nn.Module):
         if memory is not None:
             log_scale = self.log_memory_scale if self.config.separate_memory_scale else self.log_scale
             with torch.autocast(hidden.device.type, enabled=False):
-                retrieved = memory.attend(queries, log_scale.exp())
+                if isinstance(memory, HiddenMemory):
+                    retrieved = memory.attend(queries, log_scale.exp(), self._key_value_map())
+                else:
+                    retrieved = memory.attend(queries, log_scale.exp())
                 uses = self.gate.uses_scores
-                scores = Scores.of(near.logits, retrieved.logits, retrieved.found) if uses else None
+                # A constant for each head: it moves weight between the two attentions, never within the retrieved.
+                far = self.position_bias.weight[:, -1:, None] if self.config.memory_position_bias else 0.0
+                scores = Scores.of(near.logits, retrieved.logits + far, retrieved.found) if uses else None
             local = self.gate(local, retrieved.remembered.to(local.dtype), retrieved.found, hidden, scores)
-            memory.append(keys, values)
+            if isinstance(memory, HiddenMemory):
+                memory.append(hidden)
+            else:
+                memory.append(keys, values)
         joined = self.output(local.transpose(1, 2).flatten(2))
         return joined, self.advance(state, keys, values, convolution, queries)
 
@@ -123,6 +131,14 @@ class Attention(nn.Module):
             compression=self.compression,
             queries=queries,
             scale=self.log_scale.exp(),
+        )
+
+    def _key_value_map(self) -> KeyValueMap:
+        """How keys and values are made of this layer's inputs, for a memory that stores those."""
+        inner = self.config.heads * self.config.head_dim
+        taps = None if self.convolution is None else self.convolution.weight[:, inner:]
+        return KeyValueMap.of(
+            self.key.weight, self.value.weight, taps, normalise=self.config.normalise_queries_and_keys
         )
 
     def _project(self, hidden: Tensor, state: LayerState) -> tuple[Tensor, Tensor, Tensor, Tensor]:

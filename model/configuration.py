@@ -81,6 +81,9 @@ class ModelConfig:
     """Queries and keys of length 1 with a learned scale per head (Henry et al. 2020), so old keys stay comparable."""
     separate_memory_scale: bool = False
     """A learned scale of its own for the logits of retrieved keys; otherwise they share the local attention's."""
+    memory_position_bias: bool = False
+    """Logits of retrieved keys get the last bucket's position bias, as if they lay far back in the cache. It matters
+    to gates that weigh them against local logits: `joint` and `confidence`."""
     qk_convolution_width: int = 0
     """Width of a causal depthwise convolution on queries and keys (Primer, So et al. 2021); 0 is none."""
     token_shift: bool = False
@@ -189,6 +192,17 @@ class ModelConfig:
     def first_upper_layer(self) -> int:
         """First layer that is not trunk: the first memory layer, or `layers` where there is none."""
         return self.memory_layers[0] if self.memory_layers else self.layers
+
+    @property
+    def memories_per_row(self) -> int:
+        """Memories that a memory layer has for each batch row: one a head, or one where hidden states are stored."""
+        return 1 if self.memory_key == "hidden" else self.heads
+
+    @property
+    def memory_dim(self) -> int:
+        """Numbers that a memory stores as a key: D, or where hidden states are stored the inputs that a key is made of
+        (W for each tap of the convolution)."""
+        return self.width * max(1, self.qk_convolution_width) if self.memory_key == "hidden" else self.head_dim
 
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some values changed, checked again."""

@@ -1,5 +1,7 @@
 """A memory as one layer uses it: keys in a backend, values in a ring beside it.
 
+`Memory` is what the two kinds share: `LayerMemory` here, and `recollect.model.hidden_keys.HiddenMemory`.
+
 Letters: B batch rows, H heads, M memories (M = B*H, memory b*H + h belongs to row b and head h), T tokens, C capacity,
 K neighbours, D head dimension.
 """
@@ -18,36 +20,38 @@ from recollect.model.configuration import EVICTIONS, ConfigurationError
 from recollect.model.eviction import Usage
 
 
-class _RetrievedLogits(torch.autograd.Function):
-    """Inner products of queries (N, D) with their retrieved keys (N, K, D); gradients reach the queries alone.
+class RetrievedLogits(torch.autograd.Function):
+    """Inner products of queries (N, D) with their retrieved keys (N, K, D).
 
-    Written out because plain autograd would lay out the transposed keys for the gradient, which costs more than all
-    the rest.
+    Gradients reach the queries, and the keys where they have one. Written out because plain autograd would lay out the
+    transposed keys for the gradient, which costs more than all the rest.
     """
 
     @staticmethod
     def forward(context: Any, queries: Tensor, keys: Tensor) -> Tensor:
-        context.save_for_backward(keys)
+        context.save_for_backward(keys, queries if keys.requires_grad else None)
         return torch.bmm(keys, queries[:, :, None]).squeeze(2)
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (keys,) = context.saved_tensors
-        return torch.bmm(gradients[0][:, None, :], keys).squeeze(1), None
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
+        keys, queries = context.saved_tensors
+        of_keys = None if queries is None else gradients[0][:, :, None] * queries[:, None, :]
+        return torch.bmm(gradients[0][:, None, :], keys).squeeze(1), of_keys
 
 
-class _WeightedValues(torch.autograd.Function):
-    """Sums of retrieved values (N, K, D) weighted by (N, K); gradients reach the weights alone."""
+class WeightedValues(torch.autograd.Function):
+    """Sums of retrieved values (N, K, D) weighted by (N, K); gradients as in `RetrievedLogits`."""
 
     @staticmethod
     def forward(context: Any, weights: Tensor, values: Tensor) -> Tensor:
-        context.save_for_backward(values)
+        context.save_for_backward(values, weights if values.requires_grad else None)
         return torch.bmm(weights[:, None, :], values).squeeze(1)
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (values,) = context.saved_tensors
-        return torch.bmm(values, gradients[0][:, :, None]).squeeze(2), None
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
+        values, weights = context.saved_tensors
+        of_values = None if weights is None else weights[:, :, None] * gradients[0][:, None, :]
+        return torch.bmm(values, gradients[0][:, :, None]).squeeze(2), of_values
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,129 @@ class Retrieved:
     slots: Tensor
 
 
-class LayerMemory:
-    """The memories of one layer, one for each (row, head): search, attend, append, reset.
+class Memory:
+    """The memories of one layer: a backend, and whatever must follow its keys from slot to slot.
+
+    Args:
+        backend: empty memories, the same number for each row.
+        per_row: memories that a row has; memory b * per_row + n is the n-th of row b.
+        k: pairs to retrieve for each query.
+        device: where attention reads; the backend's when None.
+        eviction: 'fifo', or 'most_used' (see `recollect.model.eviction`).
+        kept_share: for `most_used`, keys that stay for each new key.
+
+    Attributes:
+        values: (M, C, D), each key's value at the key's slot; None where values are not stored.
+        usage: what attention used, for `most_used`.
+    """
+
+    def __init__(
+        self,
+        backend: MemoryBackend,
+        *,
+        per_row: int,
+        k: int,
+        keeps_values: bool,
+        device: torch.device | None = None,
+        eviction: str = "fifo",
+        kept_share: float = 0.5,
+    ) -> None:
+        if backend.num_memories % per_row:
+            raise ValueError(
+                f"a backend of {backend.num_memories} memories cannot serve {per_row} heads: it must be a multiple"
+            )
+        if k < 1:
+            raise ValueError(f"k={k} must be at least 1")
+        self.backend = backend
+        self.per_row = per_row
+        self.k = k
+        self.device = backend.device if device is None else device
+        self._values: Tensor | None = None
+        if keeps_values:
+            self._values = torch.zeros(backend.num_memories, backend.capacity, backend.dim, device=self.device)
+        self._offsets = torch.arange(backend.num_memories, device=self.device)[:, None] * backend.capacity
+        self.usage: Usage | None = None
+        if eviction == "most_used":
+            self.usage = Usage(backend.num_memories, backend.capacity, kept_share=kept_share, device=self.device)
+        elif eviction != "fifo":
+            raise ConfigurationError(f"eviction={eviction!r} is unknown; choose one of {', '.join(EVICTIONS)}")
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.backend.num_memories // self.per_row
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is remembered now: keys and values alive, and the index."""
+        stats = self.backend.stats()
+        return stats.key_bytes * (1 if self._values is None else 2) + stats.index_bytes
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What it holds beside the backend, by name: the very tensors, so that copying into them restores them."""
+        tensors = {} if self._values is None else {"values": self._values}
+        return tensors | ({} if self.usage is None else {"usage": self.usage.totals})
+
+    def reset_rows(self, rows: Tensor) -> None:
+        """Forgets everything in the rows marked in `rows` (B,) bool; the others stay as they are."""
+        chosen = torch.nonzero(rows.cpu()).flatten()
+        if len(chosen) == 0:
+            return
+        if len(chosen) == self.batch_size:
+            self.backend.reset()
+        else:
+            self.backend.reset((chosen[:, None] * self.per_row + torch.arange(self.per_row)).flatten())
+
+    def _weigh(self, logits: Tensor, scale: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled logits and their softmax, both (B, H, T, K), from plain ones and their slots; the use is counted.
+
+        Args:
+            logits: (B, H, T, K) inner products; anything where a neighbour is missing.
+            scale: (H,).
+            slots: (B, H, T, K), -1 where a neighbour is missing.
+        """
+        missing = slots < 0
+        # The least finite number instead of -inf: a row without any neighbour then stays free of NaN, and its weights
+        # are cleared below.
+        logits = (logits * scale.float()[:, None, None]).masked_fill(missing, torch.finfo(torch.float32).min)
+        weights = torch.softmax(logits, dim=-1).masked_fill(missing, 0.0)
+        if self.usage is not None:
+            memories = self.backend.num_memories
+            self.usage.note(slots.reshape(memories, -1), weights.reshape(memories, -1))
+        return logits, weights
+
+    @torch.no_grad()
+    def _append(self, keys: Tensor, values: Tensor | None) -> None:
+        """Adds keys, and values where they are kept, (M, T, D) float32, oldest first."""
+        if self.usage is None:
+            self._write(self.backend.add(keys), values)
+            return
+        for addition in self.usage.additions(self.backend.ring.totals, keys.shape[1]):
+            which, old_slots = addition.memories, addition.slots
+            old_keys = self.backend.gather_keys(old_slots[:, None], memories=which)[:, 0].to(keys.device)
+            rows = which.to(self.device)
+            all_values = None
+            if self._values is not None and values is not None:
+                old_values = self._values[rows[:, None], old_slots.to(self.device)]
+                all_values = torch.cat([old_values, values.to(self.device)[rows]], dim=1)
+            all_keys = torch.cat([old_keys, keys[which.to(keys.device)]], dim=1)
+            slots = self.backend.add(all_keys, memories=which)
+            self._write(slots, all_values, rows)
+            self.usage.begin(slots[:, -self.backend.capacity :], rows)
+
+    def _write(self, slots: Tensor, values: Tensor | None, memories: Tensor | None = None) -> None:
+        """Puts values (M', T, D) of all memories, or of `memories` (M',), at `slots` (M', T)."""
+        if self._values is None or values is None:
+            return
+        slots = slots.to(self.device)
+        offsets = self._offsets if memories is None else self._offsets[memories]
+        if slots.shape[1] > self.backend.capacity:  # the oldest are evicted at once and have no slot
+            slots, values = slots[:, -self.backend.capacity :], values[:, -self.backend.capacity :]
+        self._values.view(-1, values.shape[-1])[(slots + offsets).flatten()] = values.flatten(0, 1)
+
+
+class LayerMemory(Memory):
+    """Keys and values as each head computed them, one memory for each (row, head).
 
     The backend holds the keys; `values` (M, C, D) holds each key's value at the key's slot. No gradient flows into
     either.
@@ -78,10 +203,7 @@ class LayerMemory:
     Args:
         backend: M = batch_size * heads empty memories of the layer's head dimension.
         heads: H.
-        k: pairs to retrieve for each query.
-        device: where the values lie: the model's, since attention reads them there; the backend's when None.
-        eviction: 'fifo', or 'most_used' (see `recollect.model.eviction`).
-        kept_share: for `most_used`, keys that stay for each new key.
+        k, device, eviction, kept_share: as for `Memory`.
     """
 
     def __init__(
@@ -94,42 +216,16 @@ class LayerMemory:
         eviction: str = "fifo",
         kept_share: float = 0.5,
     ) -> None:
-        if backend.num_memories % heads:
-            raise ValueError(
-                f"a backend of {backend.num_memories} memories cannot serve {heads} heads: it must be a multiple"
-            )
-        if k < 1:
-            raise ValueError(f"k={k} must be at least 1")
-        self.backend = backend
+        super().__init__(
+            backend, per_row=heads, k=k, keeps_values=True, device=device, eviction=eviction, kept_share=kept_share
+        )
         self.heads = heads
-        self.k = k
-        device = backend.device if device is None else device
-        self.values = torch.zeros(backend.num_memories, backend.capacity, backend.dim, device=device)
-        self._offsets = torch.arange(backend.num_memories, device=device)[:, None] * backend.capacity
-        self.usage: Usage | None = None
-        if eviction == "most_used":
-            self.usage = Usage(backend.num_memories, backend.capacity, kept_share=kept_share, device=device)
-        elif eviction != "fifo":
-            raise ConfigurationError(f"eviction={eviction!r} is unknown; choose one of {', '.join(EVICTIONS)}")
 
     @property
-    def batch_size(self) -> int:
-        """B."""
-        return self.backend.num_memories // self.heads
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """What it holds beside the backend, by name: the very tensors, so that copying into them restores them."""
-        return {"values": self.values} | ({} if self.usage is None else {"usage": self.usage.totals})
-
-    def reset_rows(self, rows: Tensor) -> None:
-        """Forgets everything in the rows marked in `rows` (B,) bool; the others stay as they are."""
-        chosen = torch.nonzero(rows.cpu()).flatten()
-        if len(chosen) == 0:
-            return
-        if len(chosen) == self.batch_size:
-            self.backend.reset()
-        else:
-            self.backend.reset((chosen[:, None] * self.heads + torch.arange(self.heads)).flatten())
+    def values(self) -> Tensor:
+        """(M, C, D) float32."""
+        assert self._values is not None
+        return self._values
 
     def attend(self, queries: Tensor, scale: Tensor) -> Retrieved:
         """Attention over the K retrieved pairs of each query: softmax(scale * q.k) v.
@@ -141,29 +237,21 @@ class LayerMemory:
         batch, heads, tokens, dim = queries.shape
         flat_queries = queries.float().reshape(batch * heads, tokens, dim)
         result = self.backend.search(flat_queries, self.k)
-        slots = result.slots.to(self.values.device)
-        missing = slots < 0
-        logits = self._logits(flat_queries, result.scores, result.slots)
-        logits = logits.view(batch, heads, tokens, -1) * scale.float()[:, None, None]
-        missing = missing.view_as(logits)
-        # The least finite number instead of -inf: a row without any neighbour then stays free of NaN, and its weights
-        # are cleared below.
-        logits = logits.masked_fill(missing, torch.finfo(torch.float32).min)
-        weights = torch.softmax(logits, dim=-1).masked_fill(missing, 0.0)
-        if self.usage is not None:
-            self.usage.note(slots.flatten(1), weights.reshape(len(slots), -1))
+        slots = result.slots.to(self.device)
+        per_head = slots.view(batch, heads, tokens, -1)
+        logits, weights = self._weigh(
+            self._logits(flat_queries, result.scores, result.slots).view_as(per_head), scale, per_head
+        )
         # A missing neighbour reads slot 0 with weight zero, so that nothing of it counts.
         rows = (slots.clamp_min(0).flatten(1) + self._offsets).view(-1, slots.shape[-1])
         flat_weights = weights.reshape(rows.shape)
         values = self.values.flatten(0, 1)
         if weights.requires_grad:
             # The append that follows overwrites slots of the ring, so the gradient needs its own copy of what was read.
-            remembered = _WeightedValues.apply(flat_weights, functional.embedding(rows, values))
+            remembered = WeightedValues.apply(flat_weights, functional.embedding(rows, values))
         else:
             remembered = functional.embedding_bag(rows, values, per_sample_weights=flat_weights, mode="sum")
-        return Retrieved(
-            remembered.view(batch, heads, tokens, dim), ~missing[..., 0], logits, weights, slots.view_as(logits)
-        )
+        return Retrieved(remembered.view(batch, heads, tokens, dim), per_head[..., 0] >= 0, logits, weights, per_head)
 
     def _logits(self, queries: Tensor, scores: Tensor, slots: Tensor) -> Tensor:
         """(M, T, K) inner products of queries (M, T, D) with the keys at `slots` (M, T, K)."""
@@ -172,34 +260,8 @@ class LayerMemory:
             return scores
         # Scores of quantised indexes are not the attention's logits, and no score carries a gradient.
         keys = self.backend.gather_keys(slots).to(queries.dtype)
-        return _RetrievedLogits.apply(queries.flatten(0, 1), keys.flatten(0, 1)).view(slots.shape)
+        return RetrievedLogits.apply(queries.flatten(0, 1), keys.flatten(0, 1)).view(slots.shape)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Adds the pairs (B, H, T, D), oldest first, as they are now: later training does not change them."""
-        with torch.no_grad():
-            new_keys = keys.detach().float().flatten(0, 1)
-            new_values = values.detach().float().flatten(0, 1)
-            if self.usage is None:
-                self._write(self.backend.add(new_keys), new_values)
-                return
-            for addition in self.usage.additions(self.backend.ring.totals, new_keys.shape[1]):
-                which = addition.memories
-                old_keys = self.backend.gather_keys(addition.slots[:, None], memories=which)[:, 0]
-                rows = which.to(self.values.device)
-                old_values = self.values[rows[:, None], addition.slots.to(self.values.device)]
-                slots = self.backend.add(
-                    torch.cat([old_keys.to(new_keys.device), new_keys[rows.to(new_keys.device)]], dim=1),
-                    memories=which,
-                )
-                self._write(slots, torch.cat([old_values, new_values[rows.to(new_values.device)]], dim=1), rows)
-
-    def _write(self, slots: Tensor, values: Tensor, memories: Tensor | None = None) -> None:
-        """Puts values (M', T, D) of all memories, or of `memories` (M',), at `slots` (M', T)."""
-        slots, offsets = slots.to(self.values.device), self._offsets
-        if memories is not None:
-            offsets = offsets[memories]
-        if slots.shape[1] > self.backend.capacity:  # the oldest are evicted at once and have no slot
-            slots, values = slots[:, -self.backend.capacity :], values[:, -self.backend.capacity :]
-        self.values.view(-1, values.shape[-1])[(slots + offsets).flatten()] = values.flatten(0, 1)
-        if self.usage is not None and memories is not None:
-            self.usage.begin(slots, memories)
+        self._append(keys.detach().float().flatten(0, 1), values.detach().float().flatten(0, 1))

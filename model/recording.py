@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from recollect.memory_backends import MemoryBackend, MemoryStats, SearchResult
+from recollect.model.configuration import ConfigurationError
 from recollect.model.memory_layer import LayerMemory, Retrieved
 from recollect.model.transformer import MemorizingTransformer
 from recollect.model.trunk import TrunkOutput
@@ -158,10 +159,16 @@ def record(model: MemorizingTransformer, trunk: TrunkOutput) -> Recording:
 
     Raises:
         ValueError: the model has no memory layer.
+        ConfigurationError: its memory stores hidden states.
     """
     config = model.config
     if not config.memory_layers:
         raise ValueError("this model has no memory layer, so there is nothing to record: choose another checkpoint")
+    if config.memory_key != "key":
+        raise ConfigurationError(
+            f"this model has memory_key={config.memory_key!r}, one memory a row with queries of every head; a "
+            "recording is of one memory a head: choose a checkpoint with memory_key='key'"
+        )
     layer = model.layers[config.first_upper_layer]
     state = model.initial_upper_state(trunk.rows, memory_size=0).layers[0]
     listener = _Listener()

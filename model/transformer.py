@@ -21,7 +21,7 @@ from recollect.memory_backends.base import MemoryBackend
 from recollect.memory_backends.registry import make_backend
 from recollect.model.attention import Attention, LayerState
 from recollect.model.configuration import ConfigurationError, ModelConfig
-from recollect.model.memory_layer import LayerMemory
+from recollect.model.hidden_keys import AnyMemory, make_layer_memory
 
 if TYPE_CHECKING:
     from recollect.model.generation import Generation
@@ -41,7 +41,7 @@ class UpperState:
     """States of the layers from the first memory layer up, and the memory of each memory layer (none when off)."""
 
     layers: list[LayerState]
-    memories: list[LayerMemory]
+    memories: list[AnyMemory]
 
 
 @dataclass
@@ -52,7 +52,7 @@ class ModelState:
     upper: UpperState
 
     @property
-    def memories(self) -> list[LayerMemory]:
+    def memories(self) -> list[AnyMemory]:
         return self.upper.memories
 
 
@@ -94,7 +94,7 @@ class Layer(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(config.width, eps=1e-6)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, hidden: Tensor, state: LayerState, memory: LayerMemory | None) -> tuple[Tensor, LayerState]:
+    def forward(self, hidden: Tensor, state: LayerState, memory: AnyMemory | None) -> tuple[Tensor, LayerState]:
         attended, state = self.attention(self.attention_norm(hidden), state, memory)
         hidden = hidden + attended
         return hidden + self.feed_forward(self.feed_forward_norm(hidden)), state
@@ -268,9 +268,9 @@ class MemorizingTransformer(nn.Module):
             backends = [
                 make_backend(
                     backend,
-                    num_memories=batch_size * config.heads,
+                    num_memories=batch_size * config.memories_per_row,
                     capacity=size,
-                    dim=config.head_dim,
+                    dim=config.memory_dim,
                     device=self.device if device is None else device,
                     seed=seed + layer,
                 )
@@ -282,17 +282,7 @@ class MemorizingTransformer(nn.Module):
             if len(backends) != len(config.memory_layers):
                 raise ValueError(f"{len(backends)} backends were given for {len(config.memory_layers)} memory layers")
         neighbours = config.k if k is None else k
-        memories = [
-            LayerMemory(
-                made,
-                heads=config.heads,
-                k=neighbours,
-                device=self.device,
-                eviction=config.eviction,
-                kept_share=config.eviction_kept_share,
-            )
-            for made in backends
-        ]
+        memories = [make_layer_memory(config, made, k=neighbours, device=self.device) for made in backends]
         return UpperState(layers, memories)
 
     def _empty_layer(self, batch_size: int) -> LayerState:

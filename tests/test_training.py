@@ -80,6 +80,7 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
         {"precision": "bfloat16"},
         {"backend": "hnswlib"},
         {"model_changes": {"eviction": "most_used", "memory_size": 64}},
+        {"model_changes": {"memory_key": "hidden", "eviction": "most_used", "memory_size": 64}},
     ],
     ids=str,
 )
