@@ -1,6 +1,6 @@
 """Reports: reads the files of a comparison and writes tables, figures and one HTML page. Never imports torch."""
 
-from recollect.reports.ablation import AblationReport, AblationReportFiles, write_ablation_report
+from recollect.reports.ablation import AblationReport, AblationReportFiles, publish_ablation, write_ablation_report
 from recollect.reports.ablation_results import Ablation, is_ablation, load_ablation
 from recollect.reports.errors import ReportError
 from recollect.reports.results import Cell, CrossoverRow, Results, Streaming, Tokens, load_results
@@ -20,6 +20,7 @@ __all__ = [
     "is_ablation",
     "load_ablation",
     "load_results",
+    "publish_ablation",
     "write_ablation_report",
     "write_report",
 ]

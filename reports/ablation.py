@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recollect.reports.ablation_results import grid_folders, load_ablation
+from recollect.reports.ablation_results import RUN, grid_folders, load_ablation
 from recollect.reports.errors import ReportError
 from recollect.reports.files import write_bytes, write_text
 
@@ -84,3 +84,26 @@ def _write_grid(analysis: AblationAnalysis) -> AblationReportFiles:
         table_csv=write_text(target / TABLE, table),
         figures=tuple(paths),
     )
+
+
+def publish_ablation(folder: Path | str, target: Path | str) -> tuple[Path, ...]:
+    """Copies what a documentation keeps of written grids: a folder a grid, and summary.txt for a page beside `target`.
+
+    Of each grid: results.md, results.csv, run.json and the figures as SVG; no page and no losses. Raises ReportError
+    where a grid has no report yet.
+    """
+    from recollect.reports.ablation_analysis import AblationAnalysis
+    from recollect.reports.ablation_page import render_summary
+
+    target, written, analyses = Path(target), [], []
+    for grid in grid_folders(folder):
+        analyses.append(AblationAnalysis(load_ablation(grid)))
+        for path in (grid / MARKDOWN, grid / TABLE, grid / RUN, *sorted((grid / "figures").glob("*.svg"))):
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise ReportError(f"{path} cannot be read ({error.strerror}): write the grid's report first") from error
+            written.append(write_bytes(target / grid.name / path.relative_to(grid), content))
+    if analyses:
+        written.append(write_text(target / "summary.txt", render_summary(analyses, target.name)))
+    return tuple(written)

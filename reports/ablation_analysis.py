@@ -37,15 +37,14 @@ MEASURES = (
     Measure("spikes", (("training", "spikes"),), "Loss spikes", "per training", 2),
     Measure("gradient_norm_median", (("training", "gradient_norm_median"),), "Gradient norm", "median", 2),
     Measure("gradient_norm_max", (("training", "gradient_norm_max"),), "Gradient norm", "largest", 1),
-    Measure("step_ms", (("training", "step_ms"),), "Training step", "ms", 1),
+    Measure("step_ratio", (("costs", "step_ratio"),), "Training step", "reference = 1", 2),
+    Measure("step_ms", (("costs", "step_ms"), ("training", "step_ms")), "Training step", "ms", 1),
     Measure("evaluation_us_per_token", (("evaluation", "us_per_token"),), "Evaluation", "µs per token", 1),
     Measure("memory_bytes", (("costs", "memory_bytes"),), "Memory", "bytes per sequence", 0),
     Measure("cache_bytes", (("costs", "cache_bytes"),), "Caches", "bytes per sequence", 0),
     Measure("parameters", (("training", "parameters"), ("costs", "parameters")), "Parameters", "", 0),
     Measure("training_tokens", (("training", "tokens"),), "Trained on", "tokens", 0),
 )
-STABILITY = ("spikes", "gradient_norm_median", "gradient_norm_max")
-COST = ("step_ms", "evaluation_us_per_token", "memory_bytes", "cache_bytes", "parameters")
 
 
 @dataclass(frozen=True)
@@ -170,16 +169,32 @@ class AblationAnalysis:
             own["differences"] = self._figures({row.seed: row for row in good}, others)
         return dataclasses.replace(base, **own)
 
-    @staticmethod
-    def _figures(rows: Mapping[int, SeedRow], others: Mapping[int, SeedRow] | None = None) -> dict[str, SeedInterval]:
+    @cached_property
+    def timed_apart(self) -> bool:
+        """Whether steps were timed by themselves: then what the logs say of times, taken beside other work, is not."""
+        return any("step_ms" in row.costs for row in self.ablation.rows.values())
+
+    def _figure(self, row: SeedRow, measure: Measure) -> float | None:
+        path = measure.path
+        if measure.name == "step_ms":
+            path = (("costs" if self.timed_apart else "training", "step_ms"),)
+        for table, name in path:
+            value = _number(getattr(row, table).get(name))
+            if value is not None:
+                return value
+        return None
+
+    def _figures(
+        self, rows: Mapping[int, SeedRow], others: Mapping[int, SeedRow] | None = None
+    ) -> dict[str, SeedInterval]:
         """Each figure's mean over seeds, or the mean of its differences to `others` over the seeds that both have."""
         found = {}
         for figure in MEASURES:
             values = []
             for seed, row in rows.items():
-                value = _figure(row, figure)
+                value = self._figure(row, figure)
                 if others is not None:
-                    other = _figure(others[seed], figure) if seed in others else None
+                    other = self._figure(others[seed], figure) if seed in others else None
                     value = None if value is None or other is None else value - other
                 if value is not None:
                     values.append(value)
@@ -291,14 +306,6 @@ def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(value)
-
-
-def _figure(row: SeedRow, figure: Measure) -> float | None:
-    for table, name in figure.path:
-        value = _number(getattr(row, table).get(name))
-        if value is not None:
-            return value
-    return None
 
 
 def _probes(rows: Sequence[SeedRow]) -> dict[str, SeedInterval]:

@@ -16,7 +16,7 @@ from recollect.reports.rows import shown
 
 INK, SOFT, ZERO = "#0072b2", "#9db8cc", "#888888"
 _LABELS = 140  # pixels for a variant's name
-_FULL = ("spikes", "gradient_norm_max", "step_ms", "evaluation_us_per_token", "memory_bytes")
+_FULL = ("spikes", "gradient_norm_max", "step_ratio", "step_ms", "evaluation_us_per_token", "memory_bytes")
 # Axes that a grid may run along: name, title, what a heading calls it, whether sizes grow by factors.
 AXES = (
     ("memory_size", "Memory at evaluation (keys)", "memory size", True),
@@ -296,10 +296,14 @@ def _series(analysis: AblationAnalysis, row: Row, axis: str) -> str:
 
 
 def _way(row: Row, axis: str) -> str:
-    """How weights came to be evaluated at this size."""
-    trained, here = row.variant.value("model", axis), _place(row, axis)
+    """What a line has in common besides the text: how its weights came about, or the other of two lengths."""
+    if axis == "segment_length":
+        return f"XL cache {row.variant.value('model', 'xl_cache') or 0:,}"
+    if axis == "xl_cache":
+        return f"segments of {row.variant.value('model', 'segment_length') or 0:,}"
+    trained = row.variant.trained_memory if axis == "memory_size" else row.variant.value("model", axis)
     if row.variant.kind == "fine-tune":
         return "fine-tuned to it"
-    if axis == "layer" or trained is None or trained == here or not trained or not here:
-        return "trained with it"
+    if axis == "layer" or not trained or trained == _place(row, axis):
+        return "trained with it" if trained != 0 else "trained without memory"
     return f"trained with {trained:,}"

@@ -150,8 +150,10 @@ def _cost(analysis: AblationAnalysis) -> str:
     section = analysis.ablation.sections[0]
     timed = []
     for row in analysis.of(section):
-        own, gap = row.figures.get("step_ms"), row.differences.get("step_ms")
-        if own is not None and gap is not None and own.estimate > gap.estimate and gap.low != gap.high:
+        own, gap, ratio = row.figures.get("step_ms"), row.differences.get("step_ms"), row.figures.get("step_ratio")
+        if ratio is not None:
+            timed.append((ratio.estimate, row))
+        elif own is not None and gap is not None and own.estimate > gap.estimate and gap.low != gap.high:
             timed.append((own.estimate / (own.estimate - gap.estimate), row))
     parts = []
     if timed:

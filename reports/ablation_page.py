@@ -174,6 +174,9 @@ def notes(analysis: AblationAnalysis) -> list[str]:
             + ", ".join(f"`{name}`" for name in dict.fromkeys(without))
             + ": they share no text or no seed with their reference, or the reference has no figures."
         )
+    jobs = ablation.run.get("jobs")
+    if isinstance(jobs, int) and jobs > 1 and not analysis.timed_apart and analysis.measured:
+        found.append(f"Times were taken while {jobs} runs shared the machine: they are rough.")
     tokens, documents, block = analysis.text
     if tokens and tokens // block < 60:
         found.append(f"The text is short ({tokens:,} tokens of {documents} documents): the intervals are rough.")
@@ -275,6 +278,19 @@ def render_markdown(analysis: AblationAnalysis, figures: Sequence[Figure]) -> st
     parts.append(_part("machine", ["\n".join(facts_lines) + "\n"]))
     parts.append(f"Repeat it:\n\n```bash\n{repeat(analysis)}\n```\n")
     return "\n".join(parts)
+
+
+def render_summary(analyses: Sequence[AblationAnalysis], folder: str) -> str:
+    """A table over grids in Markdown, for a page beside `folder`: what each asked and found, with the way to it."""
+    lines = [
+        (
+            f"[{escape_markdown(analysis.ablation.grid)}]({folder}/{analysis.ablation.folder.name}/results.md)",
+            escape_markdown(analysis.ablation.question),
+            code_markdown(headline(analysis)),
+        )
+        for analysis in analyses
+    ]
+    return markdown_table(["Grid", "Question", "Answer at this scale"], lines, right=[False] * 3)
 
 
 def _part(name: str, lines: Sequence[str]) -> str:

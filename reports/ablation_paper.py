@@ -116,8 +116,8 @@ def _memory(analysis: AblationAnalysis) -> Iterable[Comparison]:
         more = _at(rows, lambda n: n == 65_536) or _at(rows, lambda n: n >= 32_768)
         figures = TABLE_4[data]
         # From 8192 keys to more with the same training, where there is such a pair.
-        trained = more.variant.value("model", "memory_size") if more is not None else None
-        alike = [row for row in rows if row.variant.value("model", "memory_size") == trained]
+        trained = more.variant.trained_memory if more is not None else None
+        alike = [row for row in rows if row.variant.trained_memory == trained]
         before = _at(alike, lambda n: n == 8192) or first
         for one, other, place in ((none, first, 0), (before, more, 1)):
             if one is None or other is None or one is other:
@@ -148,7 +148,7 @@ def _at(rows: Sequence[Row], fits: Callable[[int], bool]) -> Row | None:
     ]
 
     def order(row: Row) -> tuple[bool, bool, int]:
-        trained = row.variant.value("model", "memory_size") == row.evaluation.get("memory_size")
+        trained = row.variant.trained_memory == row.evaluation.get("memory_size")
         return row.variant.kind == "fine-tune", not trained, int(row.evaluation["memory_size"])
 
     return min(found, key=order, default=None)

@@ -50,6 +50,15 @@ class Variant:
         own = values.get(name) if isinstance(values, Mapping) else None
         return self.changes.get(f"{table}.{name}") if own is None else own
 
+    @property
+    def trained_memory(self) -> int | None:
+        """Keys that each memory held in training, 0 for none; None where the folder does not tell."""
+        if self.value("model", "memory_layers") == []:
+            return 0
+        own = self.value("training", "memory_size")
+        size = self.value("model", "memory_size") if own is None else own
+        return size if isinstance(size, int) else None
+
 
 @dataclass(frozen=True)
 class Losses:

@@ -54,8 +54,10 @@ def values(row: Row) -> dict[str, Value]:
             found[figure.name] = row.figures[figure.name].estimate
         difference = row.differences.get(figure.name)
         found |= _named(difference, *(f"{figure.name}_{end}" for end in ("difference", "low", "high")))
-    own, gap = row.figures.get("step_ms"), row.differences.get("step_ms")
-    if own is not None and gap is not None and own.estimate > gap.estimate:
+    own, gap, ratio = row.figures.get("step_ms"), row.differences.get("step_ms"), row.figures.get("step_ratio")
+    if ratio is not None:
+        found["step_ms_ratio"] = ratio.estimate
+    elif own is not None and gap is not None and own.estimate > gap.estimate:
         found["step_ms_ratio"] = own.estimate / (own.estimate - gap.estimate)
     found["evaluation_tokens"] = row.evaluation.get("tokens")
     found |= {name: row.evaluation.get(name) for name in ("backend", "memory_size", "k")}
@@ -182,23 +184,21 @@ def _probe(value: SeedInterval | None) -> str:
 
 
 def missing_table(analysis: AblationAnalysis) -> Table:
-    """Every variant with a seed that has no figures, and why."""
-    lines = []
+    """Every variant with seeds that have no figures, and why."""
+    grouped: dict[tuple[str, str, str, str], list[int]] = {}
     for section in analysis.ablation.sections:
         for variant in analysis.ablation.variants:
             for seed in analysis.ablation.seeds:
                 row = analysis.ablation.rows.get((section, variant.name, seed))
                 if row is None or not row.ok:
-                    status, reason = ("missing", "not run yet") if row is None else (row.status, row.reason)
-                    lines.append((section, f"`{variant.name}`", str(seed), status, reason.replace("`", "'")))
-    headings = (
-        Heading("Text"),
-        Heading("Variant"),
-        Heading("Seed", "", True),
-        Heading("Status"),
-        Heading("Why", "", False, True),
+                    status, reason = ("missing", "") if row is None else (row.status, row.reason)
+                    grouped.setdefault((section, variant.name, status, reason or "not run yet"), []).append(seed)
+    lines = tuple(
+        (section, f"`{name}`", ", ".join(map(str, seeds)), status, reason.replace("`", "'"))
+        for (section, name, status, reason), seeds in grouped.items()
     )
-    return Table("Seeds without figures", headings, tuple(lines))
+    headings = (Heading("Text"), Heading("Variant"), Heading("Seeds"), Heading("Status"), Heading("Why", prose=True))
+    return Table("Seeds without figures", headings, lines)
 
 
 def _rows(analysis: AblationAnalysis, section: str) -> Sequence[Row]:
