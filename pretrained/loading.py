@@ -85,8 +85,8 @@ def load_pretrained(folder: str | Path, device: str = "cpu") -> PretrainedFolder
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     if tokenizer.vocabulary_size > vocabulary:
         raise CheckpointError(
-            f"{path}: the tokenizer has {tokenizer.vocabulary_size} tokens and the model only {vocabulary}: they do not "
-            "belong together"
+            f"{path}: the tokenizer has {tokenizer.vocabulary_size} tokens and the model only {vocabulary}: they do "
+            "not belong together"
         )
     return PretrainedFolder(path, model, tokenizer, _prefix(tokenizer), saved_memory)
 
@@ -99,6 +99,8 @@ def _load_model(path: Path, saved_memory: bool) -> Any:
             f"{path} is a Hugging Face model, and the package `transformers` is not installed: "
             "pip install 'recollect[transformers]'"
         ) from error
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()  # this package shows progress of its own
     options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
     try:
         if saved_memory:
@@ -110,6 +112,9 @@ def _load_model(path: Path, saved_memory: bool) -> Any:
         if isinstance(error, CheckpointError) or type(error).__module__.startswith("recollect."):
             raise
         raise CheckpointError(f"{path} cannot be read by AutoModelForCausalLM: {error}") from error
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ _ROOTS = (
     ("recollect.model.checkpoints", "CheckpointError"),
     ("recollect.model.training", "TrainingDiverged"),
     ("recollect.model.sampling", "GenerationError"),
+    ("recollect.pretrained.store", "StoreError"),
     ("recollect.suites.cells", "CellError"),
     ("recollect.suites.comparison", "CompareError"),
     ("recollect.suites.ablation.options", "AblateError"),

@@ -18,6 +18,7 @@ from recollect.commands.ablate import ablate
 from recollect.commands.backends import backends
 from recollect.commands.compare import compare
 from recollect.commands.evaluate import evaluate
+from recollect.commands.memorize import memorize
 from recollect.commands.report import report
 from recollect.commands.trace import trace
 from recollect.commands.train import train
@@ -31,7 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for verb in (backends, train, evaluate, compare, ablate, report, trace):
+for verb in (backends, train, evaluate, memorize, compare, ablate, report, trace):
     app.command()(verb)
 
 

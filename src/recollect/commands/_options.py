@@ -32,3 +32,21 @@ KOption = Annotated[
 SeedOption = Annotated[int, typer.Option("--seed", help="Decides everything random.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="Where model and memory live: cpu, cuda, cuda:1 ...")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the answer as JSON on standard output.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", help="Folder of a Hugging Face model or of a checkpoint. Default: the shipped model."),
+]
+StoreOption = Annotated[
+    Path | None, typer.Option("--store", help="Memory store that `recollect memorize` made with this model.")
+]
+LayersOption = Annotated[
+    str | None,
+    typer.Option("--layers", help="Hugging Face models: layers with memory, such as `3,5`, `-2` or `near_top`."),
+]
+GateOption = Annotated[
+    str | None, typer.Option("--gate", help="Hugging Face models: how memory joins attention: joint, head, fixed ...")
+]
+WindowOption = Annotated[
+    int | None,
+    typer.Option("--window", min=2, help="Hugging Face models: tokens attended to without memory. Default: all."),
+]

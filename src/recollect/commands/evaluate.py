@@ -12,16 +12,24 @@ from recollect.commands._options import (
     CheckpointOption,
     CorpusOption,
     DeviceOption,
+    GateOption,
     JsonOption,
     KOption,
+    LayersOption,
     MemorySizeOption,
+    ModelOption,
     SeedOption,
+    StoreOption,
+    WindowOption,
 )
 from recollect.commands._printing import flat, print_figures, print_json, progress_of
+from recollect.commands._values import memory_choice, one_model
 
 
 def evaluate(
     checkpoint: CheckpointOption = None,
+    model: ModelOption = None,
+    store: StoreOption = None,
     corpus: CorpusOption = "stdlib",
     split: Annotated[
         str, typer.Option("--split", help="test, validation, train, or all documents of the corpus.")
@@ -35,11 +43,16 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", help="Also write the per-token losses into this file (.npz).")
     ] = None,
+    layers: LayersOption = None,
+    gate: GateOption = None,
+    window: WindowOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
     """Measures perplexity and next-token accuracy of a model with one memory.
+
+    A Hugging Face model, and any model with a store, is measured with memory and without.
 
     **Examples**
 
@@ -48,12 +61,19 @@ def evaluate(
         recollect evaluate --backend faiss-ivf:nlist=64,nprobe=8 --memory-size 8192
 
         recollect evaluate --memory-size 0 --corpus my_novel.txt --json
+
+        recollect evaluate --model my-llama --store out/store --corpus my_novel.txt --split all
     """
     from recollect.model.evaluation import EvaluationOptions
     from recollect.model.evaluation import evaluate as run
+    from recollect.pretrained.loading import is_pretrained_folder
+
+    folder = one_model(model, checkpoint)
+    if store is not None or is_pretrained_folder(folder):
+        from recollect.pretrained.evaluation import evaluate_with_store
 
     options = EvaluationOptions(
-        checkpoint=checkpoint,
+        checkpoint=folder,
         corpus=corpus,
         split=split,
         backend=backend,
@@ -64,10 +84,21 @@ def evaluate(
         device=device,
     )
     with progress_of("evaluating") as advance:
-        result = run(options, on_segment=advance)
+        if store is not None or is_pretrained_folder(folder):
+            comparison = evaluate_with_store(
+                options,
+                store=store,
+                choice=memory_choice(folder, layers=layers, gate=gate, window=window),
+                on_segment=advance,
+            )
+            losses, answer = comparison.result.losses, comparison.as_json()
+        else:
+            memory_choice(folder, layers=layers, gate=gate, window=window)
+            result = run(options, on_segment=advance)
+            losses, answer = result.losses, result.as_json()
     if output is not None:
-        result.losses.save(output)
+        losses.save(output)
     if as_json:
-        print_json(result.as_json())
+        print_json(answer)
         return
-    print_figures("Evaluation", flat(result.as_json()))
+    print_figures("Evaluation", flat(answer))
