@@ -7,6 +7,7 @@ S taps of the convolution.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as functional
@@ -17,6 +18,7 @@ from recollect.model.configuration import ModelConfig
 from recollect.model.gates import Scores, make_gate
 from recollect.model.hidden_keys import AnyMemory, HiddenMemory, KeyValueMap
 from recollect.model.local_attention import LayerState, advance, local_logits
+from recollect.model.memory_layer import LayerMemory
 from recollect.model.position_bias import RelativePositionBias
 
 __all__ = ["Attention", "LayerState", "QueryKeyConvolution"]
@@ -101,21 +103,22 @@ class Attention(nn.Module):
         )
         local = torch.softmax(near.logits, dim=-1) @ near.values
         if memory is not None:
+            stores_hidden = self.config.memory_key == "hidden"
             log_scale = self.log_memory_scale if self.config.separate_memory_scale else self.log_scale
             with torch.autocast(hidden.device.type, enabled=False):
-                if isinstance(memory, HiddenMemory):
-                    retrieved = memory.attend(queries, log_scale.exp(), self._key_value_map())
+                if stores_hidden:
+                    retrieved = cast(HiddenMemory, memory).attend(queries, log_scale.exp(), self._key_value_map())
                 else:
-                    retrieved = memory.attend(queries, log_scale.exp())
+                    retrieved = cast(LayerMemory, memory).attend(queries, log_scale.exp())
                 uses = self.gate.uses_scores
                 # A constant for each head: it moves weight between the two attentions, never within the retrieved.
                 far = self.position_bias.weight[:, -1:, None] if self.config.memory_position_bias else 0.0
                 scores = Scores.of(near.logits, retrieved.logits + far, retrieved.found) if uses else None
             local = self.gate(local, retrieved.remembered.to(local.dtype), retrieved.found, hidden, scores)
-            if isinstance(memory, HiddenMemory):
-                memory.append(hidden)
+            if stores_hidden:
+                cast(HiddenMemory, memory).append(hidden)
             else:
-                memory.append(keys, values)
+                cast(LayerMemory, memory).append(keys, values)
         joined = self.output(local.transpose(1, 2).flatten(2))
         return joined, self.advance(state, keys, values, convolution, queries)
 

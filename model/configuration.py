@@ -204,6 +204,11 @@ class ModelConfig:
         (W for each tap of the convolution)."""
         return self.width * max(1, self.qk_convolution_width) if self.memory_key == "hidden" else self.head_dim
 
+    @property
+    def memory_numbers_per_token(self) -> int:
+        """Numbers that one memory layer remembers of a token: keys and values, or the hidden states."""
+        return self.memory_dim if self.memory_key == "hidden" else 2 * self.heads * self.head_dim
+
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some values changed, checked again."""
         _refuse_unknown(changes)

@@ -23,7 +23,7 @@ from recollect.model.checkpoints import load_checkpoint, reference_checkpoint
 from recollect.model.configuration import ConfigurationError
 from recollect.model.evaluation_text import EvaluationText, choose_text, load_documents
 from recollect.model.evaluation_types import EvaluationOptions, EvaluationResult, MemorySpecification, TokenLosses
-from recollect.model.memory_layer import LayerMemory
+from recollect.model.hidden_keys import AnyMemory
 from recollect.model.recording import ObservedBackend
 from recollect.model.streams import IGNORED
 from recollect.model.transformer import MemorizingTransformer, UpperState
@@ -174,7 +174,7 @@ class Replay:
         return self._state
 
     @property
-    def memories(self) -> list[LayerMemory]:
+    def memories(self) -> list[AnyMemory]:
         """The memory of each memory layer, which may be replaced in place before the first step, to watch them."""
         return self._state.memories
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from recollect.model.attention import Attention
+from recollect.model.hidden_keys import AnyMemory
 from recollect.model.local_attention import LayerState
-from recollect.model.memory_layer import LayerMemory
 from recollect.model.transformer import MemorizingTransformer, ModelState, TrunkState, UpperState
 
 
@@ -94,7 +94,7 @@ class _OpenSegment:
         self._trunk = TrunkState([layer.opened() for layer in state.trunk.layers])
         self._upper = UpperState(
             [layer.opened() for layer in state.upper.layers],
-            [cast(LayerMemory, _WaitingMemory(memory)) for memory in state.memories],
+            [cast(AnyMemory, _WaitingMemory(memory)) for memory in state.memories],
         )
 
     def read(self, model: MemorizingTransformer, tokens: Tensor, begins: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def _closed(model: MemorizingTransformer, number: int, before: LayerState, grown
 class _WaitingMemory:
     """A layer's memory that is searched as it is, while what is appended waits for the end of the segment."""
 
-    def __init__(self, memory: LayerMemory) -> None:
+    def __init__(self, memory: AnyMemory) -> None:
         self._memory = memory
         self._waiting: list[tuple[Tensor, ...]] = []
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 from recollect.memory_backends.registry import make_backend
 from recollect.model.configuration import ConfigurationError, ModelConfig
 from recollect.model.hidden_keys import HiddenMemory, KeyValueMap, make_layer_memory
+from recollect.model.reading import Reader
 from recollect.model.recording import record
 from recollect.model.transformer import MemorizingTransformer
 from recollect.model.trunk import compute_trunk
@@ -206,6 +207,24 @@ def test_a_whole_model_equals_a_dense_one_and_trains(normalise: bool) -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
+
+
+def test_reading_in_pieces_equals_reading_at_once() -> None:
+    """A reader holds back what it appends until a segment is full; the states' convolution must not notice."""
+    model = made(qk_convolution_width=3).eval()
+    tokens = torch.randint(0, 64, (B, 70))
+    with torch.no_grad():
+        whole = model(tokens).logits
+    reader = Reader(model, batch_size=B)
+    pieces = torch.cat([reader.read(part) for part in tokens.split([5, 1, 20, 40, 4], dim=1)], dim=1)
+    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_what_it_stores_is_what_the_configuration_says() -> None:
+    for changes in ({"memory_key": "hidden"}, {}):
+        model = tiny.tiny_model(**changes)
+        memory = model(torch.randint(0, 64, (B, 64))).state.memories[0]
+        assert memory.nbytes == 4 * B * 64 * model.config.memory_numbers_per_token
 
 
 def test_a_backend_of_the_wrong_shape_is_refused() -> None:

@@ -16,6 +16,7 @@ import torch
 
 from recollect.memory_backends.atomic import write_json
 from recollect.model.configuration import ModelConfig
+from recollect.model.hidden_keys import HiddenMemory
 from recollect.model.streams import Segment
 from recollect.model.training import training_loss
 from recollect.model.transformer import MemorizingTransformer
@@ -80,9 +81,9 @@ class Costs:
 
 def sequence_bytes(config: ModelConfig) -> int:
     """Bytes of keys and values that one sequence carries when caches and memories are full, float32."""
-    each = 2 * 4 * config.heads * config.head_dim
-    memory = len(config.memory_layers) * config.memory_size
-    return each * (memory + config.layers * (config.xl_cache + config.compressed_memory))
+    memory = len(config.memory_layers) * config.memory_size * config.memory_numbers_per_token
+    cached = config.layers * (config.xl_cache + config.compressed_memory)
+    return 4 * (memory + cached * 2 * config.heads * config.head_dim)
 
 
 def step_ms(config: ModelConfig, batch_size: int, *, backend: str, device: str, precision: str) -> float:
@@ -92,6 +93,9 @@ def step_ms(config: ModelConfig, batch_size: int, *, backend: str, device: str, 
     state = model.initial_state(batch_size, backend=backend)
     shape = (batch_size, config.segment_length)
     for memory in state.memories:
+        if isinstance(memory, HiddenMemory):
+            memory.append(torch.randn(batch_size, config.memory_size, config.width, device=device))
+            continue
         pairs = torch.randn(batch_size, config.heads, config.memory_size, config.head_dim, device=device)
         memory.append(torch.nn.functional.normalize(pairs, dim=-1), pairs)
     times = []
