@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recollect.model.checkpoints import CONFIG
 from recollect.model.configuration import ModelConfig
+from recollect.model.training import SNAPSHOTS
 from recollect.model.training_options import TrainingOptions
 
 from ..cells import fingerprint
@@ -45,9 +47,9 @@ class TrainingJob:
         return self.options.output
 
     def state(self) -> str:
-        """'trained', 'diverged' or 'open', read from the disk."""
+        """'trained', 'diverged' or 'open' (also where snapshots are missing), read from the disk."""
         if (self.folder / TRAINED).is_file():
-            return "trained"
+            return "open" if missing_snapshots(self.options) else "trained"
         return "diverged" if (self.folder / DIVERGED).is_file() else "open"
 
     def as_json(self) -> dict[str, Any]:
@@ -56,6 +58,12 @@ class TrainingJob:
         values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
         values["model"] = self.options.model.to_dict()
         return {"digest": self.digest, "options": values, "start": self.start, "section": self.section}
+
+
+def missing_snapshots(options: TrainingOptions) -> list[int]:
+    """Steps whose snapshot is wanted and not there."""
+    folder = options.output / SNAPSHOTS
+    return [step for step in options.snapshots if not (folder / str(step) / CONFIG).is_file()]
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,12 @@ class Planner:
         for name, values in variant.probes.items():
             chosen, version = probe_options(name, values, where)
             probes[name] = self._evaluation(
-                section, resolved, training, f"probe:{name}", {**chosen, "version": version}, where
+                section,
+                resolved,
+                training,
+                f"probe:{name}",
+                {**chosen, "version": version, "snapshots": list(resolved.training.snapshots)},
+                where,
             )
         self.plan.asked += 2 + len(probes)
         self.plan.rows.append(
@@ -234,6 +239,12 @@ class Planner:
             self.plan.trainings[digest] = TrainingJob(
                 digest, options, start, section.name, f"{grid.name}/{resolved.variant.name}", seconds
             )
+        job = self.plan.trainings[digest]
+        # Snapshots decide no weights: one training serves the variants that want them and those that do not.
+        snapshots = tuple(sorted({*job.options.snapshots, *options.snapshots}))
+        self.plan.trainings[digest] = dataclasses.replace(
+            job, options=dataclasses.replace(job.options, snapshots=snapshots)
+        )
         return digest
 
     def _check_start(self, before: ModelConfig, resolved: Resolved) -> None:

@@ -7,10 +7,13 @@ last saved.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
+import os
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,11 +28,14 @@ from recollect.model.training import LOG, SNAPSHOTS, TrainingDiverged, train
 from recollect.model.training_options import TrainingOptions
 
 from .evaluating import Evaluated, Trunks
-from .jobs import DIVERGED, EVALUATIONS, TRAINED
+from .jobs import DIVERGED, EVALUATIONS, TRAINED, missing_snapshots
 from .sections import Section, evaluation_text, tokenize_split
 from .settings import EvaluationSettings
 from .stability import read_log, summarise_log
 from .starting import adapted_start
+
+SCRATCH = "retrained"
+"""Folder in the output of trainings that are repeated for their snapshots."""
 
 Tell = Callable[..., None]
 
@@ -70,11 +76,12 @@ class _Work:
         self._documents: dict[str, TokenizedDocuments] = {}
         self._texts: dict[str, EvaluationText] = {}
         self.trunks = Trunks()
+        self._told = 0.0
 
     def train(self) -> bool:
         """Trains unless that was done; False where the training diverged."""
         if (self.folder / TRAINED).is_file():
-            return True
+            return self._retake_snapshots()
         began = time.perf_counter()
         options = self.options
         self.tell("step", what="training", done=0, of=options.steps)
@@ -83,16 +90,8 @@ class _Work:
             return True
         if self.task["training"]["start"] is not None:
             options = adapted_start(options, self.output)
-        last = 0.0
-
-        def on_step(step: int, loss: float) -> None:
-            nonlocal last
-            if time.monotonic() - last > 0.5 or step == options.steps:
-                last = time.monotonic()
-                self.tell("step", what="training", done=step, of=options.steps, loss=round(loss, 4))
-
         try:
-            train(options, on_step=on_step)
+            train(options, on_step=self._on_step)
         except TrainingDiverged as error:
             steps = read_log(self.folder / LOG)
             write_json(
@@ -108,6 +107,30 @@ class _Work:
         self._record(time.perf_counter() - began)
         self.tell("trained", digest=self.task["training"]["digest"])
         return True
+
+    def _retake_snapshots(self) -> bool:
+        """Trains a finished model once more for the snapshots that another grid wants of it; its own files stay."""
+        steps = missing_snapshots(self.options)
+        if steps:
+            scratch = self.output / SCRATCH / self.folder.name
+            options = dataclasses.replace(self.options, output=scratch, snapshots=tuple(steps))
+            shutil.rmtree(scratch, ignore_errors=True)
+            if self.task["training"]["start"] is not None:
+                options = adapted_start(options, self.output)
+            train(options, on_step=self._on_step)
+            for step in steps:
+                target = self.folder / SNAPSHOTS / str(step)
+                target.parent.mkdir(exist_ok=True)
+                os.replace(scratch / SNAPSHOTS / str(step), target)
+            shutil.rmtree(scratch)
+            self.tell("trained", digest=self.task["training"]["digest"])
+        return True
+
+    def _on_step(self, step: int, loss: float) -> None:
+        """Tells of a training's progress, a few times a second at most."""
+        if time.monotonic() - self._told > 0.5 or step == self.options.steps:
+            self._told = time.monotonic()
+            self.tell("step", what="training", done=step, of=self.options.steps, loss=round(loss, 4))
 
     def _record(self, seconds: float | None) -> None:
         """Writes what rows say of a finished training. A resumed one took what its steps took."""
@@ -166,9 +189,9 @@ class _Work:
         }
         if job["system"].startswith("probe:"):
             module = importlib.import_module(f"{__package__}.probes_{job['system'][6:].replace('-', '_')}")
-            options = {key: value for key, value in job["options"].items() if key != "version"}
+            options = {key: value for key, value in job["options"].items() if key not in ("version", "snapshots")}
             start = time.perf_counter()
-            found = module.probe(self.snapshots(), text, options)
+            found = module.probe(self.snapshots(job["options"]["snapshots"]), text, options)
             seconds = round(time.perf_counter() - start, 3)
             return {"probe": job["system"][6:], "numbers": found.numbers, "rows": found.rows, "seconds": seconds}
         request = Request(
@@ -185,10 +208,10 @@ class _Work:
         evaluated, figures = evaluate_system(job["system"], request)
         return self._write(job["digest"], evaluated, figures, described)
 
-    def snapshots(self) -> list[Path]:
-        """The training's snapshots, oldest first, and its checkpoint."""
+    def snapshots(self, steps: Sequence[int]) -> list[Path]:
+        """The training's snapshots of these steps, oldest first, and its checkpoint."""
         folder = self.folder / SNAPSHOTS
-        return [*(folder / str(step) for step in sorted(self.options.snapshots)), self.folder]
+        return [*(folder / str(step) for step in sorted(steps)), self.folder]
 
     def _write(
         self, digest: str, evaluated: Evaluated, figures: dict[str, Any], text: dict[str, Any]

@@ -142,8 +142,6 @@ def training_identity(options: TrainingOptions) -> dict[str, Any]:
         for name, value in values.items()
         if name not in _NOT_DECIDING and (name == "seed" or value != defaults[name])
     }
-    if options.snapshots:
-        kept["snapshots"] = list(options.snapshots)
     return {"training": kept, "model": {name: value for name, value in model.items() if value != plain[name]}}
 
 
