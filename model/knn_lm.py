@@ -218,10 +218,11 @@ def walk(
             on_segment(number + 1, text.segments)
 
 
-def neighbour_weights(neighbours: Neighbours, temperature: float) -> Tensor:
+def neighbour_weights(neighbours: Neighbours, temperature: float | Tensor) -> Tensor:
     """(..., K): softmax(-distance / temperature) over the found neighbours, all zero where none was found."""
     found = neighbours.found
-    scaled = torch.where(found, -neighbours.distances / temperature, torch.finfo(torch.float32).min)
+    near = torch.where(found, neighbours.distances, 0.0)  # no infinity, of which a gradient would be NaN
+    scaled = (-near / temperature).masked_fill(~found, torch.finfo(torch.float32).min)
     return torch.softmax(scaled, dim=-1).masked_fill(~found, 0.0)
 
 
