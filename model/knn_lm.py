@@ -100,17 +100,19 @@ class KnnEvaluationResult(EvaluationResult):
     Attributes:
         datastore: 'document' or 'training'.
         interpolation, temperature: as used.
+        preparation_seconds: time for tuning and for a datastore of training text; `seconds` leaves it out.
         datastore_bytes: room that keys, index and tokens took at the end.
     """
 
     datastore: str = ""
     interpolation: float = 0.0
     temperature: float = 0.0
+    preparation_seconds: float = 0.0
     datastore_bytes: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """A plain dictionary without the per-token losses."""
-        names = ("datastore", "interpolation", "temperature", "datastore_bytes")
+        names = ("datastore", "interpolation", "temperature", "preparation_seconds", "datastore_bytes")
         return {**super().as_json(), **{name: getattr(self, name) for name in names}}
 
 
@@ -138,7 +140,7 @@ def evaluate_knn_lm(
         MemoryBackendError: the backend is not to be had, or cannot search by Euclidean distance.
         CorpusError: there is too little training text.
     """
-    began = time.perf_counter()
+    asked = time.perf_counter()
     tuning_text = validation if not options.is_tuned else None
     if not options.is_tuned and validation is None:
         raise ConfigurationError("temperature and interpolation are tuned on validation text: give it, or both numbers")
@@ -147,6 +149,7 @@ def evaluate_knn_lm(
         options = tune_knn_lm(model, tuning_text, options, make)
     assert options.interpolation is not None
     assert options.temperature is not None
+    began = time.perf_counter()
     reading = as_reading(model, text)
     datastore = make(reading.text.rows)
     collector = LossCollector(reading.text)
@@ -160,6 +163,7 @@ def evaluate_knn_lm(
         datastore=options.datastore,
         interpolation=options.interpolation,
         temperature=options.temperature,
+        preparation_seconds=began - asked,
         datastore_bytes=datastore.bytes,
     )
 

@@ -75,6 +75,11 @@ if TYPE_CHECKING:
     from recollect.model.generation import (
         Generation,
     )
+    from recollect.model.knn_lm import (
+        KnnEvaluationResult,
+        KnnLanguageModelOptions,
+        evaluate_knn_lm,
+    )
     from recollect.model.reading import (
         Reader,
     )
@@ -85,6 +90,11 @@ if TYPE_CHECKING:
     from recollect.model.sampling import (
         GenerationError,
         Sampling,
+    )
+    from recollect.model.spalm import (
+        SpalmEvaluationResult,
+        SpalmOptions,
+        evaluate_spalm,
     )
     from recollect.model.streams import (
         DocumentStreams,
@@ -105,6 +115,9 @@ if TYPE_CHECKING:
     )
     from recollect.model.training import (
         train,
+    )
+    from recollect.model.training_free import (
+        with_memory,
     )
     from recollect.model.training_options import (
         TrainingOptions,
@@ -151,14 +164,17 @@ _PUBLIC: dict[str, str] = {
     "recollect.model.evaluation_text": "EvaluationText choose_text load_documents",
     "recollect.model.evaluation_types": "EvaluationOptions EvaluationResult MemorySpecification TokenLosses",
     "recollect.model.generation": "Generation",
+    "recollect.model.knn_lm": "KnnEvaluationResult KnnLanguageModelOptions evaluate_knn_lm",
     "recollect.model.reading": "Reader",
     "recollect.model.recording": "Recording record",
     "recollect.model.sampling": "GenerationError Sampling",
+    "recollect.model.spalm": "SpalmEvaluationResult SpalmOptions evaluate_spalm",
     "recollect.model.streams": "DocumentStreams",
     "recollect.model.token_cache": "TokenizedDocuments tokenize",
     "recollect.model.tokenizer": "Tokenizer load_tokenizer train_tokenizer",
     "recollect.model.trace": "Trace export_ann_benchmarks load_trace",
     "recollect.model.training": "train",
+    "recollect.model.training_free": "with_memory",
     "recollect.model.training_options": "TrainingOptions TrainingResult",
     "recollect.model.transformer": "MemorizingTransformer ModelOutput ModelState",
     "recollect.model.trunk": "TrunkOutput TrunkStore compute_trunk",
