@@ -165,7 +165,9 @@ def notes(analysis: AblationAnalysis) -> list[str]:
     """What a reader must know before trusting the figures."""
     ablation = analysis.ablation
     found = []
-    if not ablation.run.get("finished", True) or any(row.status == "missing" for row in analysis.rows):
+    planned = len(ablation.sections) * len(ablation.variants) * len(ablation.seeds)
+    run = sum(row.status != "missing" for row in ablation.rows.values())
+    if not ablation.run.get("finished", True) or run < planned:
         found.append("This grid is not finished: what stands here is what was run so far.")
     without = [row.name for row in analysis.measured if row.reference is not None and row.percent is None]
     if without:

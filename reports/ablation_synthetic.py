@@ -38,6 +38,7 @@ def write_synthetic_grid(
     documents: int = 8,
     tokens_per_document: int = 1500,
     seed_spread: float = 0.003,
+    token_spread: float = 0.15,
     paper: str = "",
     question: str = "",
 ) -> Path:
@@ -46,6 +47,7 @@ def write_synthetic_grid(
     variants: name, and of these what is wanted: effect (added to the mean loss, nats), or effects by section; status by
         seed ({1: 'diverged'}); settings, kind, reference, summary; evaluation, training, costs and probes of its rows.
     seed_spread: standard deviation over seeds of each variant's own mean loss.
+    token_spread: of what a variant and seed has of its own at each token, nothing on average.
     """
     target = folder / grid
     document = np.repeat(np.arange(documents), tokens_per_document)
@@ -73,7 +75,7 @@ def write_synthetic_grid(
             for seed in seeds:
                 effect = variant.get("effects", {}).get(section, variant.get("effect", 0.0))
                 generator = np.random.default_rng([_number(grid), number, place, seed])
-                own = 0.15 * autocorrelated(generator, len(document))
+                own = token_spread * autocorrelated(generator, len(document))
                 own -= own.mean()
                 luck = seed_spread * float(generator.normal())
                 status = variant.get("status", {}).get(seed, "ok")
