@@ -21,7 +21,7 @@ from torch import Tensor
 from recollect.model.reading import Reader
 from recollect.model.sampling import GenerationError, Sampling
 from recollect.model.tokenizer import Tokenizer
-from recollect.model.transformer import MemorizingTransformer
+from recollect.model.transformer import MemorizingTransformer, ModelState
 
 OnToken = Callable[[int, int, str], None]
 Prompts = str | Sequence[str] | Tensor | Sequence[Tensor]
@@ -64,6 +64,7 @@ def generate(
     memory_size: int | None = None,
     k: int | None = None,
     on_token: OnToken | None = None,
+    state: ModelState | None = None,
 ) -> Generation:
     """Continues each prompt. Rows are independent: a prompt continues as it would alone.
 
@@ -79,6 +80,8 @@ def generate(
         backend, memory_size, k: of the memory, as for `initial_state`; `memory_size=0` is none.
         on_token: called as `on_token(prompt number, token, new text)` for each new token. A token that ends within a
             character has no text yet, and without a tokenizer there never is any.
+        state: of as many rows as there are prompts, to begin with instead of an empty memory; it is spent afterwards,
+            and `backend`, `memory_size` and `k` have no effect.
 
     Raises:
         GenerationError: an empty prompt, text without a tokenizer, tokens outside the vocabulary, or an impossible
@@ -96,7 +99,11 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        _run(model.reader(len(rows), backend=backend, memory_size=memory_size, k=k), rows, sampling, on_token)
+        if state is None:
+            reader = model.reader(len(rows), backend=backend, memory_size=memory_size, k=k)
+        else:
+            reader = Reader(model, state)
+        _run(reader, rows, sampling, on_token)
     finally:
         model.train(was_training)
     return Generation(

@@ -123,7 +123,8 @@ def attach_choice(folder: PretrainedFolder, choice: MemoryChoice, store: MemoryS
     if folder.saved_memory:
         handle = folder.model.recollect_memory
         if store is None and layers is None and not given:
-            return handle  # type: ignore[no-any-return]
+            attached: AttachedMemory = handle
+            return attached
         saved = handle.settings
         gates = handle.gates.state_dict()
         handle.detach()
@@ -250,7 +251,6 @@ def choose_documents(folder: PretrainedFolder, options: EvaluationOptions) -> li
     return chosen
 
 
-@torch.no_grad()
 def evaluate_attached(
     folder: PretrainedFolder,
     handle: AttachedMemory,
@@ -289,7 +289,8 @@ def read_losses(
     begin = 0
     for piece in whole.split(tokens_at_once(folder, settings.window, settings.overlap)):
         end = begin + len(piece)
-        logits = folder.model(input_ids=piece[None].to(device_of(folder.model)), use_cache=False).logits[0]
+        with torch.no_grad():  # not around the whole: a generator would leave its mode to the caller between pieces
+            logits = folder.model(input_ids=piece[None].to(device_of(folder.model)), use_cache=False).logits[0]
         # The model's row i predicts token i + 1; the first token of the text itself is not predicted, nor is any after
         # the last.
         first = max(begin + 1, skip + 1)

@@ -47,7 +47,7 @@ class TokenArrays:
         occurrence: (N,) int8, place in `OCCURRENCES`.
         share: (N, L, H) float16, memory's share of the head's output; NaN where the gate has no such number.
         retrieved: (N, L, H, R) int32, positions of the retrieved pairs that got most weight, -1 for none.
-        origin: (N, L, H, R) int32, where they stand: -1 in the document itself, else a place in the store's names.
+        origin: (N, L, H, R) int32, where they stand: -1 in the document itself, else a place in `Inspection.stored`.
         weight: (N, L, H, R) float16, their weight among all that the head retrieved.
         on_target: (N, L, H) float16, weight on pairs of tokens equal to the one to be predicted.
         before_target: (N, L, H) float16, weight on pairs whose next token equals the one to be predicted.
@@ -74,11 +74,12 @@ class TokenArrays:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The tokens, the documents they are of, and what was run, as plain JSON values."""
+    """The tokens, the documents they are of, what was run as plain JSON values, and the store's documents."""
 
     tokens: TokenArrays
     documents: tuple[InspectedDocument, ...]
     run: Mapping[str, Any]
+    stored: tuple[InspectedDocument, ...] = ()
 
     def save(self, folder: str | Path) -> Path:
         """Writes both files into `folder`, each whole or not at all; `run.json`, without which the other is not read,
@@ -87,11 +88,18 @@ class Inspection:
         arrays: dict[str, NDArray[Any]] = {
             field.name: getattr(self.tokens, field.name) for field in fields(self.tokens)
         }
-        arrays["offsets"] = np.concatenate([document.offsets for document in self.documents])
-        arrays["document_tokens"] = np.asarray([len(document.offsets) for document in self.documents], dtype=np.int64)
+        for name, texts in (("", self.documents), ("stored_", self.stored)):
+            if texts:
+                arrays[f"{name}offsets"] = np.concatenate([document.offsets for document in texts])
+                counts = [len(document.offsets) for document in texts]
+                # The documents' counts are `document_tokens`, since `tokens` would say something else.
+                arrays[f"{name or 'document_'}tokens"] = np.asarray(counts, dtype=np.int64)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **arrays)
         write_bytes(folder / ARRAYS, buffer.getvalue())
-        documents = [{"name": document.name, "text": document.text} for document in self.documents]
-        write_json(folder / RUN, {"schema": SCHEMA, "kind": "inspection", **self.run, "documents": documents})
+        texts_of = {
+            name: [{"name": document.name, "text": document.text} for document in texts]
+            for name, texts in (("documents", self.documents), ("stored", self.stored))
+        }
+        write_json(folder / RUN, {"schema": SCHEMA, "kind": "inspection", **self.run, **texts_of})
         return folder

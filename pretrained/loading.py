@@ -101,7 +101,7 @@ def _load_model(path: Path, saved_memory: bool) -> Any:
         ) from error
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()  # this package shows progress of its own
-    options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
     try:
         if saved_memory:
             from recollect.pretrained.attach import load_attached

@@ -19,6 +19,7 @@ from recollect.model.checkpoints import Checkpoint
 from recollect.model.configuration import ConfigurationError
 from recollect.model.evaluation import Replay
 from recollect.model.evaluation_types import MemorySpecification
+from recollect.model.hidden_keys import AnyMemory
 from recollect.model.memory_layer import LayerMemory, Retrieved
 from recollect.model.transformer import ModelState, UpperState
 from recollect.model.trunk import TrunkOutput
@@ -129,7 +130,7 @@ def upper_state_over_store(
         )
     neighbours = config.k if k is None else k
     plain = model.initial_upper_state(batch_size, backend=backend, memory_size=size, k=min(neighbours, size), seed=seed)
-    memories: list[LayerMemory] = []
+    memories: list[AnyMemory] = []
     for layer, memory in zip(config.memory_layers, plain.memories, strict=True):
         keys = store.layer_keys(layer).float()
         stored = make_backend(

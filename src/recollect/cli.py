@@ -1,4 +1,4 @@
-"""The command line: `recollect backends | train | evaluate | compare | report | trace`.
+"""The command line: `recollect backends | train | evaluate | memorize | generate | inspect | compare | ...`.
 
 Answers go to standard output, progress and errors to standard error, so that `--json` can be piped. What a user can
 mend (a misspelt option, a missing library, a corpus that is not text, a full disk) ends with exit code 2 and one
@@ -18,6 +18,8 @@ from recollect.commands.ablate import ablate
 from recollect.commands.backends import backends
 from recollect.commands.compare import compare
 from recollect.commands.evaluate import evaluate
+from recollect.commands.generate import generate
+from recollect.commands.inspect import inspect
 from recollect.commands.memorize import memorize
 from recollect.commands.report import report
 from recollect.commands.trace import trace
@@ -32,7 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for verb in (backends, train, evaluate, memorize, compare, ablate, report, trace):
+for verb in (backends, train, evaluate, memorize, generate, inspect, compare, ablate, report, trace):
     app.command()(verb)
 
 

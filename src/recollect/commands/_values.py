@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,3 +54,21 @@ def memory_choice(
                 f"--{name} {value} is for Hugging Face models; a recollect checkpoint has its own, which were trained"
             )
     return None
+
+
+def prompt_of(text: str | None, file: Path | None) -> str:
+    """The prompt from an argument, from standard input (`-`) or from a file.
+
+    Raises:
+        GenerationError: none or two were given, or the file is not text.
+    """
+    from recollect.model.sampling import GenerationError
+
+    if (text is None) == (file is None):
+        raise GenerationError("give a prompt as an argument, `-` for standard input, or --file, and only one of them")
+    try:
+        if file is not None:
+            return file.expanduser().read_text(encoding="utf-8")
+        return sys.stdin.read() if text == "-" else str(text)
+    except UnicodeDecodeError as error:
+        raise GenerationError(f"{file or 'standard input'} is not UTF-8 text ({error.reason})") from error
