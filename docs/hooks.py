@@ -14,5 +14,7 @@ def on_post_page(output: str, *, page: Any, config: Any) -> str:
     return output.replace(ELSEWHERE, get_relative_url(HERE, page.url))
 
 
-def on_post_template(output_content: str, *, template_name: str, config: Any) -> str:
+def on_post_template(
+    output_content: str, *, template_name: str, config: Any
+) -> str:
     return output_content.replace(ELSEWHERE, HERE)

@@ -25,13 +25,35 @@ class Figure:
         self.height = height
         self.parts = [f"<title>{escape(title)}</title>"]
 
-    def box(self, x: float, y: float, width: float, height: float, words: str = "", kind: str = "plain") -> None:
-        self.parts.append(f'<rect class="{kind}" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="5"/>')
+    def box(
+        self,
+        x: float,
+        y: float,
+        width: float,
+        height: float,
+        words: str = "",
+        kind: str = "plain",
+    ) -> None:
+        self.parts.append(
+            f'<rect class="{kind}" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="5"/>'
+        )
         lines = words.split("\n") if words else []
         for number, line in enumerate(lines):
-            self.words(x + width / 2, y + height / 2 + (number - (len(lines) - 1) / 2) * 17 + 5, line, "middle")
+            self.words(
+                x + width / 2,
+                y + height / 2 + (number - (len(lines) - 1) / 2) * 17 + 5,
+                line,
+                "middle",
+            )
 
-    def cells(self, x: float, y: float, kinds: list[str], size: float = 14, step: float = 17) -> list[float]:
+    def cells(
+        self,
+        x: float,
+        y: float,
+        kinds: list[str],
+        size: float = 14,
+        step: float = 17,
+    ) -> list[float]:
         """A row of tokens; the middle of each."""
         for number, kind in enumerate(kinds):
             self.parts.append(
@@ -39,18 +61,39 @@ class Figure:
             )
         return [x + number * step + size / 2 for number in range(len(kinds))]
 
-    def words(self, x: float, y: float, words: str, anchor: str = "start", kind: str = "") -> None:
+    def words(
+        self,
+        x: float,
+        y: float,
+        words: str,
+        anchor: str = "start",
+        kind: str = "",
+    ) -> None:
         chosen = f' class="{kind}"' if kind else ""
-        self.parts.append(f'<text{chosen} x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(words)}</text>')
+        self.parts.append(
+            f'<text{chosen} x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(words)}</text>'
+        )
 
-    def line(self, path: str, kind: str = "line", *, arrow: bool = True) -> None:
+    def line(
+        self, path: str, kind: str = "line", *, arrow: bool = True
+    ) -> None:
         end = f' marker-end="url(#{self.name}-{kind})"' if arrow else ""
         self.parts.append(f'<path class="{kind}" d="{path}"{end}/>')
 
-    def brace(self, x: float, y: float, width: float, words: str, *, above: bool = True) -> None:
+    def brace(
+        self,
+        x: float,
+        y: float,
+        width: float,
+        words: str,
+        *,
+        above: bool = True,
+    ) -> None:
         """A bracket over (or under) `width`, with words."""
         sign = -1 if above else 1
-        self.line(f"M{x:g} {y:g} v{6 * sign} h{width:g} v{-6 * sign}", arrow=False)
+        self.line(
+            f"M{x:g} {y:g} v{6 * sign} h{width:g} v{-6 * sign}", arrow=False
+        )
         self.words(x + width / 2, y + (-13 if above else 23), words, "middle")
 
     def svg(self) -> str:
@@ -67,7 +110,11 @@ class Figure:
 
 
 def sight() -> Figure:
-    figure = Figure("sight", "What a token sees: its segment, and the best matches in the memory", 142)
+    figure = Figure(
+        "sight",
+        "What a token sees: its segment, and the best matches in the memory",
+        142,
+    )
     old = ["far"] * 16
     for place in (2, 3, 8, 13):
         old[place] = "found"
@@ -77,21 +124,42 @@ def sight() -> Figure:
     figure.brace(8, 38, 269, "memory: keys of what was read before")
     figure.brace(300, 38, 133, "segment")
     for place in (2, 3, 8, 13):
-        figure.line(f"M{near[-1]:g} 64 C{near[-1]:g} 120 {middles[place]:g} 120 {middles[place]:g} 64", "far-line")
+        figure.line(
+            f"M{near[-1]:g} 64 C{near[-1]:g} 120 {middles[place]:g} 120 {middles[place]:g} 64",
+            "far-line",
+        )
     figure.words(210, 134, "the k keys that match best, however old", "middle")
     figure.words(441, 58, "now")
     return figure
 
 
 def layer() -> Figure:
-    figure = Figure("layer", "A memory layer: local attention and retrieved memory, joined by a gate", 330)
+    figure = Figure(
+        "layer",
+        "A memory layer: local attention and retrieved memory, joined by a gate",
+        330,
+    )
     figure.box(140, 8, 200, 34, "hidden state of a token")
     figure.line("M240 42 V66")
     figure.box(170, 68, 140, 30, "its query")
     figure.line("M200 98 C200 120 110 110 110 132")
     figure.line("M280 98 C280 120 370 110 370 132", "far-line")
-    figure.box(10, 134, 200, 64, "local attention over\nthe segment (and cache)", "near")
-    figure.box(270, 134, 200, 64, "search: the k best keys;\nattention over those k", "far")
+    figure.box(
+        10,
+        134,
+        200,
+        64,
+        "local attention over\nthe segment (and cache)",
+        "near",
+    )
+    figure.box(
+        270,
+        134,
+        200,
+        64,
+        "search: the k best keys;\nattention over those k",
+        "far",
+    )
     figure.line("M110 198 C110 228 200 222 200 244")
     figure.line("M370 198 C370 228 280 222 280 244", "far-line")
     figure.words(146, 240, "local", "end")
@@ -103,12 +171,17 @@ def layer() -> Figure:
 
 
 def step() -> Figure:
-    figure = Figure("step", "One step: search, then append, then forget the oldest", 300)
+    figure = Figure(
+        "step", "One step: search, then append, then forget the oldest", 300
+    )
     figure.words(8, 20, "1  The segment's queries search the memory as it is.")
     first = figure.cells(28, 34, ["far"] * 16)
     for number, place in enumerate((1, 6, 12)):
         start = 348 + number * 34
-        figure.line(f"M{start} 60 C{start} 88 {first[place]:g} 88 {first[place]:g} 52", "far-line")
+        figure.line(
+            f"M{start} 60 C{start} 88 {first[place]:g} 88 {first[place]:g} 52",
+            "far-line",
+        )
     figure.cells(340, 34, ["near"] * 6)
     figure.words(8, 122, "2  The segment's keys and values are appended …")
     figure.cells(28, 136, ["far"] * 16)
@@ -117,20 +190,36 @@ def step() -> Figure:
     figure.words(402, 173, "new", kind="soft")
     figure.words(8, 216, "3  … and the oldest leave: first in, first out.")
     figure.cells(28, 230, ["gone"] * 6 + ["far"] * 16)
-    figure.brace(28 + 6 * 17, 254, 16 * 17 - 3, "memory_size keys for each row and head", above=False)
+    figure.brace(
+        28 + 6 * 17,
+        254,
+        16 * 17 - 3,
+        "memory_size keys for each row and head",
+        above=False,
+    )
     figure.words(28 + 2.5 * 17, 277, "gone", "middle", "soft")
     return figure
 
 
 def open_segment() -> Figure:
-    figure = Figure("open-segment", "Generation: the open segment waits and enters the memory when it is full", 250)
+    figure = Figure(
+        "open-segment",
+        "Generation: the open segment waits and enters the memory when it is full",
+        250,
+    )
     figure.brace(8, 52, 201, "memory")
     figure.cells(8, 60, ["far"] * 12)
     figure.brace(228, 52, 133, "open segment")
     middles = figure.cells(228, 60, ["waiting"] * 4 + ["now"] + ["empty"] * 3)
-    figure.line(f"M{middles[4]:g} 80 C{middles[4]:g} 112 {middles[1]:g} 112 {middles[1]:g} 80")
-    figure.line(f"M{middles[4]:g} 80 C{middles[4]:g} 140 60 140 60 80", "far-line")
-    figure.words(8, 150, "A new token attends to the open segment and searches the memory.")
+    figure.line(
+        f"M{middles[4]:g} 80 C{middles[4]:g} 112 {middles[1]:g} 112 {middles[1]:g} 80"
+    )
+    figure.line(
+        f"M{middles[4]:g} 80 C{middles[4]:g} 140 60 140 60 80", "far-line"
+    )
+    figure.words(
+        8, 150, "A token sees the open segment and searches the memory."
+    )
     figure.brace(8, 200, 337, "memory: the segment entered whole")
     figure.cells(8, 208, ["far"] * 12 + ["found"] * 8)
     figure.cells(364, 208, ["now"] + ["empty"] * 5)
@@ -139,32 +228,72 @@ def open_segment() -> Figure:
 
 
 def one_trunk() -> Figure:
-    figure = Figure("one-trunk", "One trunk serves every backend; losses are compared token by token", 300)
+    figure = Figure(
+        "one-trunk",
+        "One trunk serves every backend; losses are compared token by token",
+        300,
+    )
     figure.box(150, 8, 180, 30, "text")
     figure.line("M240 38 V60")
-    figure.box(90, 62, 300, 46, "trunk: layers below the first memory\ncomputed once, kept", "near")
+    figure.box(
+        90,
+        62,
+        300,
+        46,
+        "trunk: layers below the first memory\ncomputed once, kept",
+        "near",
+    )
     ends = (62, 181, 299, 418)
-    for x, name in zip(ends, ("exact", "faiss-ivf", "hnswlib", "no memory"), strict=True):
+    for x, name in zip(
+        ends, ("exact", "faiss-ivf", "hnswlib", "no memory"), strict=True
+    ):
         figure.line(f"M240 108 C240 136 {x} 124 {x} 150")
-        figure.box(x - 54, 152, 108, 32, name, "plain" if name == "no memory" else "far")
+        figure.box(
+            x - 54,
+            152,
+            108,
+            32,
+            name,
+            "plain" if name == "no memory" else "far",
+        )
         figure.line(f"M{x} 184 V206")
         figure.box(x - 54, 208, 108, 32, "upper layers")
         figure.line(f"M{x} 240 C{x} 262 240 252 240 268")
-    figure.words(240, 290, "losses of the same tokens, compared pair by pair", "middle")
+    figure.words(
+        240, 290, "losses of the same tokens, compared pair by pair", "middle"
+    )
     return figure
 
 
 def sealed() -> Figure:
-    figure = Figure("sealed", "An index that is built once: sealed parts and an exact tail", 210)
-    for number, words in enumerate(("sealed\npart 1", "sealed\npart 2", "sealed\npart 3")):
-        figure.box(8 + number * 112, 54, 104, 52, words, "gone" if number == 0 else "far")
+    figure = Figure(
+        "sealed",
+        "An index that is built once: sealed parts and an exact tail",
+        210,
+    )
+    for number, words in enumerate(
+        ("sealed\npart 1", "sealed\npart 2", "sealed\npart 3")
+    ):
+        figure.box(
+            8 + number * 112,
+            54,
+            104,
+            52,
+            words,
+            "gone" if number == 0 else "far",
+        )
     figure.box(344, 54, 128, 52, "tail: exact", "near")
     figure.brace(8, 46, 328, "indexes built once, never changed")
     figure.line("M60 130 V112")
     figure.words(8, 148, "the oldest is dropped whole", kind="soft")
     figure.line("M408 130 V112")
     figure.words(472, 148, "new keys; sealed when full", "end", "soft")
-    figure.words(240, 190, "A search asks every part and merges what they found.", "middle")
+    figure.words(
+        240,
+        190,
+        "A search asks every part and merges what they found.",
+        "middle",
+    )
     return figure
 
 
@@ -172,11 +301,22 @@ def attached() -> Figure:
     figure = Figure("attached", "Memory attached to a pretrained model", 330)
     for number in range(6):
         memory = number == 2
-        words, kind = ("layer with memory", "far") if memory else ("layer", "plain")
+        words, kind = (
+            ("layer with memory", "far") if memory else ("layer", "plain")
+        )
         figure.box(150, 268 - number * 44, 150, 34, words, kind)
         if number:
-            figure.line(f"M225 {268 - number * 44 + 44} V{268 - number * 44 + 36}")
-    figure.box(326, 163, 148, 68, "memory:\none for each row\nand key-value head", "far")
+            figure.line(
+                f"M225 {268 - number * 44 + 44} V{268 - number * 44 + 36}"
+            )
+    figure.box(
+        326,
+        163,
+        148,
+        68,
+        "memory: one for\neach row and\nkey-value head",
+        "far",
+    )
     figure.line("M300 190 H324", "far-line")
     figure.line("M326 206 H302", "far-line")
     figure.words(8, 66, "a pretrained")
@@ -195,7 +335,9 @@ FIGURES = (sight, layer, step, open_segment, one_trunk, sealed, attached)
 def main() -> None:
     for make in FIGURES:
         figure = make()
-        (FOLDER / f"{figure.name}.svg").write_text(figure.svg(), encoding="utf-8")
+        (FOLDER / f"{figure.name}.svg").write_text(
+            figure.svg(), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":
