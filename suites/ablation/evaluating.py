@@ -158,7 +158,8 @@ def fill(model: MemorizingTransformer, replay: Replay, trunk: TrunkOutput, *, un
     """
     config = model.config
     carried = config.xl_cache + config.compressed_memory * config.compression_rate
-    reach = 1 + (config.layers - config.first_upper_layer) * -(-carried // config.segment_length)
+    # Each layer looks back by its cache, or by its convolution into the segment before, and the layer below did so too.
+    reach = (config.layers - config.first_upper_layer) * max(1, -(-carried // config.segment_length))
     warm = max(0, until - reach)
     begin = max(0, warm - -(-size // config.segment_length) - reach)
     was_training = model.training
@@ -196,16 +197,12 @@ def sorted_losses(losses: TokenLosses, *, after: int = 0) -> TokenLosses:
 
 
 def memory_bytes(state: UpperState) -> int:
-    """Bytes of keys, index and values of all memories."""
+    """Bytes of keys, index and values of all memories when they are full."""
     total = 0
     for memory in state.memories:
-        stats = memory.backend.stats()
-        total += stats.key_bytes + stats.index_bytes
-        total += sum(
-            value.numel() * value.element_size()
-            for name, value in vars(memory).items()
-            if isinstance(value, Tensor) and name == "values"
-        )
+        # What is alive at the end of a text may be less than all: a document's start resets its row.
+        total += round(memory.backend.stats().bytes_per_key * memory.backend.capacity * memory.backend.num_memories)
+        total += sum(value.numel() * value.element_size() for value in memory.state_tensors().values())
     return total
 
 

@@ -96,8 +96,8 @@ def step_ms(config: ModelConfig, batch_size: int, *, backend: str, device: str, 
         if isinstance(memory, HiddenMemory):
             memory.append(torch.randn(batch_size, config.memory_size, config.width, device=device))
             continue
-        pairs = torch.randn(batch_size, config.heads, config.memory_size, config.head_dim, device=device)
-        memory.append(torch.nn.functional.normalize(pairs, dim=-1), pairs)
+        keys = torch.randn(memory.backend.num_memories, memory.backend.capacity, memory.backend.dim, device=device)
+        memory.backend.add(torch.nn.functional.normalize(keys, dim=-1))
     times = []
     for _ in range(STEPS + 3 + -(-config.xl_cache // config.segment_length)):
         tokens = torch.randint(config.vocabulary_size, shape)

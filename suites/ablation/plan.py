@@ -30,6 +30,9 @@ from .systems import check_system, training_free_config
 EVALUATION_SHARE = 0.1
 """An evaluation's time as a share of a training's, until one was measured; for the order and the estimate only."""
 
+FILLING = 2
+"""Raised when the way in which memories are filled before scoring changes the losses."""
+
 Matched = Callable[[Grid, Variant, "Resolved"], dict[str, Any]]
 """Gives the values of the model that `match_cost` sets."""
 
@@ -288,6 +291,7 @@ class Planner:
             "system": system,
             "options": options,
             "seed": resolved.training.seed,
+            "filling": FILLING if settings.fill_tokens else 0,
         }
         digest = digest_of(identity)
         if digest not in self.plan.evaluations:
