@@ -291,8 +291,9 @@ class Planner:
             "system": system,
             "options": options,
             "seed": resolved.training.seed,
-            "filling": FILLING if settings.fill_tokens else 0,
         }
+        if settings.fill_tokens:
+            identity["filling"] = FILLING
         digest = digest_of(identity)
         if digest not in self.plan.evaluations:
             expected = (self.plan.trainings[training].seconds) * EVALUATION_SHARE
