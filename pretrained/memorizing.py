@@ -156,7 +156,6 @@ def _bring_up_to_date(
     total, done = sum(len(document.text) for document, _ in pending), 0
     added = changed = 0
     with store.writing():
-        store.remove(gone)
         for document, digest in pending:
             before = document.name in store
             # A text that stands in the store under another name is not read again.
@@ -170,6 +169,7 @@ def _bring_up_to_date(
             done += len(document.text)
             if on_document is not None:
                 on_document(done, total)
+        store.remove(gone)  # last, so that a text that only moved is not read again
     unchanged = len(wanted) - len(pending)
     return Memorized(
         store.path, len(store), store.tokens, store.size, added, changed, len(gone), unchanged, source.counts
