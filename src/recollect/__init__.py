@@ -133,6 +133,21 @@ if TYPE_CHECKING:
         TrunkStore,
         compute_trunk,
     )
+    from recollect.pretrained.attach import (
+        AttachedMemory,
+        attach_memory,
+        load_attached,
+    )
+    from recollect.pretrained.errors import (
+        UnsupportedModel,
+    )
+    from recollect.pretrained.records import (
+        MemorySettings,
+    )
+    from recollect.pretrained.store import (
+        MemoryStore,
+        StoreError,
+    )
     from recollect.reports import (
         ReportError,
         ReportFiles,
@@ -178,6 +193,10 @@ _PUBLIC: dict[str, str] = {
     "recollect.model.training_options": "TrainingOptions TrainingResult",
     "recollect.model.transformer": "MemorizingTransformer ModelOutput ModelState",
     "recollect.model.trunk": "TrunkOutput TrunkStore compute_trunk",
+    "recollect.pretrained.attach": "AttachedMemory attach_memory load_attached",
+    "recollect.pretrained.errors": "UnsupportedModel",
+    "recollect.pretrained.records": "MemorySettings",
+    "recollect.pretrained.store": "MemoryStore StoreError",
     "recollect.reports": "ReportError ReportFiles load_results write_report",
     "recollect.suites.comparison": "compare",
     "recollect.suites.options": "CompareOptions CompareResult",
