@@ -20,7 +20,7 @@ from torch import Tensor
 
 from recollect.memory_backends import MemoryBackend, canonical_spec
 from recollect.model.checkpoints import load_checkpoint, reference_checkpoint
-from recollect.model.configuration import ConfigurationError
+from recollect.model.configuration import ConfigurationError, ModelConfig
 from recollect.model.evaluation_text import EvaluationText, choose_text, load_documents
 from recollect.model.evaluation_types import EvaluationOptions, EvaluationResult, MemorySpecification, TokenLosses
 from recollect.model.hidden_keys import AnyMemory
@@ -89,6 +89,8 @@ def evaluate_backends(
         reference_checkpoint() if options.checkpoint is None else options.checkpoint, device=options.device
     )
     model = checkpoint.model
+    for backend in backends:  # and so is a memory that this model cannot have
+        _memory_size(model.config, backend, options.memory_size, _neighbours(model.config, options.k))
     documents = load_documents(options.corpus, options.split, checkpoint.tokenizer, options.cache_directory)
     text = choose_text(
         documents, rows=options.rows, segment_length=model.config.segment_length, max_tokens=options.max_tokens
@@ -213,29 +215,43 @@ def _initial_state(
     seed: int,
 ) -> tuple[UpperState, MemorySpecification]:
     config = model.config
-    neighbours = config.k if k is None else k
-    if neighbours < 1:
-        raise ConfigurationError(f"k is {neighbours}: a query retrieves at least 1 neighbour")
+    neighbours = _neighbours(config, k)
     if not isinstance(backend, str):
         made = cast(list[MemoryBackend], list(backend))
         state = model.initial_upper_state(trunk.rows, backend=made, k=neighbours)
         return state, MemorySpecification(made[0].spec, made[0].capacity, neighbours)
+    size = _memory_size(config, backend, memory_size, neighbours)
+    if size == 0:
+        return model.initial_upper_state(trunk.rows, memory_size=0), MemorySpecification(NO_MEMORY, 0, neighbours)
+    state = model.initial_upper_state(trunk.rows, backend=backend, memory_size=size, k=neighbours, seed=seed)
+    return state, MemorySpecification(canonical_spec(backend), size, neighbours)
+
+
+def _neighbours(config: ModelConfig, asked: int | None) -> int:
+    """Keys that a query retrieves."""
+    neighbours = config.k if asked is None else asked
+    if neighbours < 1:
+        raise ConfigurationError(f"k is {neighbours}: a query retrieves at least 1 neighbour")
+    return neighbours
+
+
+def _memory_size(config: ModelConfig, backend: str, asked: int | None, k: int) -> int:
+    """Keys that each memory is to hold; refuses what this model cannot have."""
     if backend == NO_MEMORY:
         size = 0
-    elif memory_size is None:
+    elif asked is None:
         size = config.memory_size if config.memory_layers else 0
     else:
-        size = memory_size
+        size = asked
     if size < 0:
         raise ConfigurationError(f"memory_size is {size}: give 0 for no memory, or the number of keys a memory keeps")
     if size and not config.memory_layers:
         raise ConfigurationError(
             f"memory_size is {size}, but this model has no memory layer: give 0 or another checkpoint"
         )
-    if size == 0:
-        return model.initial_upper_state(trunk.rows, memory_size=0), MemorySpecification(NO_MEMORY, 0, neighbours)
-    state = model.initial_upper_state(trunk.rows, backend=backend, memory_size=size, k=neighbours, seed=seed)
-    return state, MemorySpecification(canonical_spec(backend), size, neighbours)
+    if 0 < size < k:
+        raise ConfigurationError(f"k is {k}, above memory_size {size}: retrieve at most as many keys as a memory holds")
+    return size
 
 
 class LossCollector:

@@ -224,6 +224,7 @@ def test_the_recording_is_what_the_layer_asks() -> None:
     [
         ({"memory_size": -1}, ConfigurationError, "-1"),
         ({"k": 0}, ConfigurationError, "k is 0"),
+        ({"k": 9, "memory_size": 8}, ConfigurationError, "k is 9, above memory_size 8"),
         ({"backend": "exakt"}, UnknownBackend, "exact"),
     ],
 )
