@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 
 from recollect.model.checkpoints import (
@@ -108,7 +109,7 @@ def _load_model(path: Path, saved_memory: bool) -> Any:
 
             return load_attached(str(path), **options)
         return transformers.AutoModelForCausalLM.from_pretrained(str(path), **options)
-    except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (OSError, KeyError, RuntimeError, TypeError, ValueError, safetensors.SafetensorError) as error:
         if isinstance(error, CheckpointError) or type(error).__module__.startswith("recollect."):
             raise
         raise CheckpointError(f"{path} cannot be read by AutoModelForCausalLM: {error}") from error

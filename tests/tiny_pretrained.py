@@ -12,9 +12,9 @@ WORDS = ["alpha", "beta", "gamma", "delta", "lambda", "return", "import", "class
 WINDOW = 32
 
 
-def tiny_tokenizer() -> Tokenizer:
-    """Byte-level BPE of 300 tokens."""
-    return train_tokenizer([" ".join(WORDS * 20)], 300)
+def tiny_tokenizer(vocabulary: int = 300) -> Tokenizer:
+    """Byte-level BPE."""
+    return train_tokenizer([" ".join(WORDS * 20)], vocabulary)
 
 
 def write_tiny_llama(folder: Path, *, seed: int = 0, vocabulary: int | None = None) -> Path:
