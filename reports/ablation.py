@@ -60,6 +60,7 @@ def write_ablation_report(folder: Path | str) -> AblationReport:
 def _write_grid(analysis: AblationAnalysis) -> AblationReportFiles:
     from recollect.reports import ablation_page
     from recollect.reports.ablation_figures import ablation_figures
+    from recollect.reports.ablation_markdown import render_markdown
     from recollect.reports.ablation_rows import csv_text
     from recollect.reports.drawing import draw
 
@@ -68,7 +69,7 @@ def _write_grid(analysis: AblationAnalysis) -> AblationReportFiles:
     figures = ablation_figures(analysis)
     drawn = {figure.name: draw(figure) for figure in figures}
     html = ablation_page.render_grid(analysis, figures, {name: svg for name, (svg, _) in drawn.items()})
-    markdown = ablation_page.render_markdown(analysis, figures)
+    markdown = render_markdown(analysis, figures)
     table = csv_text(analysis)
     paths = []
     for name, (svg, png) in drawn.items():
@@ -87,13 +88,14 @@ def _write_grid(analysis: AblationAnalysis) -> AblationReportFiles:
 
 
 def publish_ablation(folder: Path | str, target: Path | str) -> tuple[Path, ...]:
-    """Copies what a documentation keeps of written grids: a folder a grid, and summary.txt for a page beside `target`.
+    """Copies what a documentation keeps of written grids: a folder a grid, and texts for a page beside `target`.
 
-    Of each grid: results.md, results.csv, run.json and the figures as SVG; no page and no losses. Raises ReportError
-    where a grid has no report yet.
+    Of each grid: results.md, results.csv, run.json and the figures as SVG; no page and no losses. Over them:
+    summary.txt, a table, and grids.txt, a section a grid that begins with `target`/prose/<grid>.txt where there is one.
+    Raises ReportError where a grid has no report yet.
     """
     from recollect.reports.ablation_analysis import AblationAnalysis
-    from recollect.reports.ablation_page import render_summary
+    from recollect.reports.ablation_markdown import render_grids, render_summary
 
     target, written, analyses = Path(target), [], []
     for grid in grid_folders(folder):
@@ -104,6 +106,7 @@ def publish_ablation(folder: Path | str, target: Path | str) -> tuple[Path, ...]
             except OSError as error:
                 raise ReportError(f"{path} cannot be read ({error.strerror}): write the grid's report first") from error
             written.append(write_bytes(target / grid.name / path.relative_to(grid), content))
-    if analyses:
-        written.append(write_text(target / "summary.txt", render_summary(analyses, target.name)))
+    prose = {path.stem: path.read_text(encoding="utf-8") for path in (target / "prose").glob("*.txt")}
+    written.append(write_text(target / "summary.txt", render_summary(analyses)))
+    written.append(write_text(target / "grids.txt", render_grids(analyses, target.name, prose)))
     return tuple(written)

@@ -127,7 +127,7 @@ def _stability(analysis: AblationAnalysis) -> str:
     if apart:
         listed = ", ".join(f"`{r.name}`{_on(analysis, r)} ({_norms(r)})" for r in apart[:5])
         parts.append(f"Told apart from their reference by spikes or largest gradient norm: {listed}.")
-    elif told:
+    elif any("spikes" in row.differences for row in told):
         parts.append("None is told apart from its reference by spikes or by its largest gradient norm.")
     return " ".join(parts)
 
@@ -277,7 +277,8 @@ def _reach(analysis: AblationAnalysis) -> str:
         )
     elif seeds <= FEW_SEEDS:
         parts.append(f"{seeds} seeds were run: their part of the intervals is rough, and wide for that reason.")
-    trained = [row.figures["training_tokens"].estimate for row in analysis.measured if "training_tokens" in row.figures]
+    whole = [row for row in analysis.measured if row.variant.kind != "fine-tune"]
+    trained = [row.figures["training_tokens"].estimate for row in whole if "training_tokens" in row.figures]
     sizes = [row.figures["parameters"].estimate for row in analysis.measured if "parameters" in row.figures]
     if trained and sizes:
         parts.append(

@@ -17,8 +17,8 @@ from recollect.reports.ablation_rows import cost_table, missing_table, probe_tab
 from recollect.reports.ablation_statistics import RESAMPLES
 from recollect.reports.contents import UNKNOWN, Heading, Table, text
 from recollect.reports.drawing import Figure
-from recollect.reports.page import TEMPLATES, bundle, code, code_markdown, json_for_html
-from recollect.reports.rows import escape_markdown, markdown_table, shown
+from recollect.reports.page import TEMPLATES, bundle, code, json_for_html
+from recollect.reports.rows import shown
 from recollect.reports.style import marks, svg_path
 
 # Column of results.csv, heading and unit, and digits after the point (None: as it stands).
@@ -251,60 +251,3 @@ def repeat(analysis: AblationAnalysis) -> str:
             name, corpus = section.get("name"), section.get("corpus")
             parts += ["--corpus", str(corpus) if name == corpus else f"{name}={corpus}"]
     return shlex.join([*parts, "--seeds", str(len(analysis.ablation.seeds)), "--output", "out/again"])
-
-
-def render_markdown(analysis: AblationAnalysis, figures: Sequence[Figure]) -> str:
-    """The grid in Markdown; a documentation page can take its parts by name (`<!-- --8<-- [start:findings] -->`)."""
-    tables = grid_tables(analysis)
-    told = findings(analysis)
-    parts = [f"# {escape_markdown(analysis.ablation.question)}\n", f"{code_markdown(subtitle(analysis))}\n"]
-    parts.append(_part("notes", [f"> {code_markdown(note)}\n" for note in notes(analysis)]))
-    parts.append(_part("findings", [f"**{code_markdown(f.question)}** {code_markdown(f.answer)}\n" for f in told]))
-    for name, title in (
-        ("quality", "Perplexity and accuracy"),
-        ("paper", "Beside the paper"),
-        ("cost", "Stability and cost"),
-        ("probes", "What else was measured"),
-        ("missing", "Without figures"),
-    ):
-        if tables[name]:
-            parts.append(f"## {title}\n")
-            parts.append(_part(name, [_markdown(table) for table in tables[name]]))
-    if figures:
-        parts.append("## Figures\n")
-        parts += [f"![{escape_markdown(figure.alternative)}](figures/{figure.name}.svg)\n" for figure in figures]
-    parts.append("## Method\n")
-    parts += [f"{code_markdown(paragraph)}\n" for paragraph in method(analysis)]
-    parts.append("## Where it was measured\n")
-    facts_lines = [f"- {escape_markdown(name)}: {escape_markdown(value)}" for name, value in facts(analysis)]
-    parts.append(_part("machine", ["\n".join(facts_lines) + "\n"]))
-    parts.append(f"Repeat it:\n\n```bash\n{repeat(analysis)}\n```\n")
-    return "\n".join(parts)
-
-
-def render_summary(analyses: Sequence[AblationAnalysis], folder: str) -> str:
-    """A table over grids in Markdown, for a page beside `folder`: what each asked and found, with the way to it."""
-    lines = [
-        (
-            f"[{escape_markdown(analysis.ablation.grid)}]({folder}/{analysis.ablation.folder.name}/results.md)",
-            escape_markdown(analysis.ablation.question),
-            code_markdown(headline(analysis)),
-        )
-        for analysis in analyses
-    ]
-    return markdown_table(["Grid", "Question", "Answer at this scale"], lines, right=[False] * 3)
-
-
-def _part(name: str, lines: Sequence[str]) -> str:
-    return "\n".join([f"<!-- --8<-- [start:{name}] -->\n", *lines, f"<!-- --8<-- [end:{name}] -->\n"])
-
-
-def _markdown(table: Table) -> str:
-    lines = [[code_markdown(cell) for cell in line] for line in table.lines]
-    headings = [escape_markdown(f"{h.text} ({h.unit})" if h.unit else h.text) for h in table.headings]
-    headings = [
-        code_markdown(h.text) if "`" in h.text else made for h, made in zip(table.headings, headings, strict=True)
-    ]
-    return f"*{escape_markdown(table.caption)}.*\n\n" + markdown_table(
-        headings, lines, right=[h.number for h in table.headings]
-    )

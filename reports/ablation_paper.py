@@ -144,12 +144,12 @@ def _at(rows: Sequence[Row], fits: Callable[[int], bool]) -> Row | None:
         if isinstance(size := row.evaluation.get("memory_size"), int)
         and fits(size)
         and row.evaluation.get("backend") in ("exact", "none", None)
-        and row.variant.kind in ("train", "evaluate", "fine-tune")
+        and row.variant.kind in ("train", "evaluate")
     ]
 
-    def order(row: Row) -> tuple[bool, bool, int]:
+    def order(row: Row) -> tuple[bool, int]:
         trained = row.variant.trained_memory == row.evaluation.get("memory_size")
-        return row.variant.kind == "fine-tune", not trained, int(row.evaluation["memory_size"])
+        return not trained, int(row.evaluation["memory_size"])
 
     return min(found, key=order, default=None)
 

@@ -308,6 +308,8 @@ def test_markdown_has_parts_and_tables(written: AblationReport) -> None:
 
 
 def test_what_the_documentation_keeps(written: AblationReport, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "ablations" / "prose").mkdir(parents=True)
+    (tmp_path / "ablations" / "prose" / "gate.txt").write_text("What a gate is.")
     paths = publish_ablation(folder, tmp_path / "ablations")
     names = {str(path.relative_to(tmp_path / "ablations")) for path in paths}
     assert {
@@ -318,7 +320,16 @@ def test_what_the_documentation_keeps(written: AblationReport, folder: Path, tmp
         "memory/figures/memory-axis.svg",
     } <= names
     assert not any(name.endswith((".html", ".npz", ".png")) for name in names)
-    assert "(ablations/gate/results.md)" in (tmp_path / "ablations" / "summary.txt").read_text(encoding="utf-8")
+    assert "[gate](#gate)" in (tmp_path / "ablations" / "summary.txt").read_text(encoding="utf-8")
+    text = (tmp_path / "ablations" / "grids.txt").read_text(encoding="utf-8")
+    assert [line.split(":")[0] for line in text.splitlines() if line.startswith("## ")] == [
+        "## memory",
+        "## gate",
+        "## search-pairs",
+    ]
+    assert "What a gate is." in text
+    for address in re.findall(r"\]\((ablations/[^)]*)\)", text):
+        assert (tmp_path / address).is_file(), address
 
 
 def test_an_unfinished_grid_is_reported_as_far_as_it_goes(tmp_path: Path) -> None:
