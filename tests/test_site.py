@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -85,9 +87,30 @@ def test_figures_are_as_their_script_draws_them() -> None:
         "draw = importlib.util.module_from_spec(spec); spec.loader.exec_module(draw); "
         "print(json.dumps({figure.name: figure.svg() for figure in (make() for make in draw.FIGURES)}))"
     )
-    import json
-
     drawn = json.loads(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True).stdout)
     assert sorted(drawn) == sorted(path.stem for path in folder.glob("*.svg"))
     for name, svg in drawn.items():
         assert (folder / f"{name}.svg").read_text(encoding="utf-8") == svg, "run python docs/figures/draw.py"
+
+
+def test_pages_opened_from_a_disk_search_and_fit_a_telephone(site: Path) -> None:
+    executable = next((path for name in ("chromium", "google-chrome") if (path := shutil.which(name))), None)
+    if executable is None:
+        pytest.skip("no Chromium here; on Debian: apt-get install chromium")
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright here; pip install playwright")
+    complaints: list[str] = []
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_context(viewport={"width": 390, "height": 844}, offline=True).new_page()
+        page.set_default_timeout(120_000)
+        page.on("requestfailed", lambda request: complaints.append(request.url))
+        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        for name in ("index", "concepts", "choosing", "api/model"):
+            page.goto((site / f"{name}.html").as_uri())
+            too_wide = page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth")
+            assert not too_wide, name
+        page.click("label.md-header__button[for=__search]")
+        page.fill(".md-search__input", "first-in first-out")
+        page.wait_for_selector(".md-search-result__item a")
+        browser.close()
+    assert not complaints
