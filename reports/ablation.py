@@ -20,7 +20,14 @@ _OURS = re.compile(r".+-(difference|axis|cost)")
 
 @dataclass(frozen=True)
 class AblationReportFiles:
-    """What was written for one grid."""
+    """What was written for one grid.
+
+    Attributes:
+        page: report.html.
+        markdown: results.md.
+        table_csv: results.csv, a row a text and variant.
+        figures: SVG and PNG of each figure.
+    """
 
     page: Path
     markdown: Path
@@ -30,7 +37,12 @@ class AblationReportFiles:
 
 @dataclass(frozen=True)
 class AblationReport:
-    """What was written. page: the grid's, or the page over the grids."""
+    """What was written.
+
+    Attributes:
+        page: the grid's, or the page over the grids.
+        grids: the files of each grid.
+    """
 
     page: Path
     grids: tuple[AblationReportFiles, ...]
@@ -40,7 +52,13 @@ def write_ablation_report(folder: Path | str) -> AblationReport:
     """Writes results.csv, results.md, report.html and figures/ into a grid's folder.
 
     For a folder that holds grids it does so for each of them, and writes index.html beside them. Each file is replaced
-    whole. Raises ReportError when the results of a grid cannot be read, before anything of that grid is written.
+    whole.
+
+    Args:
+        folder: of one grid, or the one that several lie in, as `recollect ablate --output` calls it.
+
+    Raises:
+        ReportError: the results of a grid cannot be read; nothing is written then.
     """
     folder = Path(folder)
     folders = grid_folders(folder)

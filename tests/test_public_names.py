@@ -11,6 +11,7 @@ import recollect
 
 PUBLIC_NAMES = [
     "__version__",
+    "AblationReport",
     "AnnBenchmark",
     "AttachedMemory",
     "BackendInfo",
@@ -97,6 +98,7 @@ PUBLIC_NAMES = [
     "train",
     "train_tokenizer",
     "with_memory",
+    "write_ablation_report",
     "write_report",
 ]
 

@@ -149,9 +149,11 @@ if TYPE_CHECKING:
         StoreError,
     )
     from recollect.reports import (
+        AblationReport,
         ReportError,
         ReportFiles,
         load_results,
+        write_ablation_report,
         write_report,
     )
     from recollect.suites.comparison import (
@@ -197,7 +199,7 @@ _PUBLIC: dict[str, str] = {
     "recollect.pretrained.errors": "UnsupportedModel",
     "recollect.pretrained.records": "MemorySettings",
     "recollect.pretrained.store": "MemoryStore StoreError",
-    "recollect.reports": "ReportError ReportFiles load_results write_report",
+    "recollect.reports": "AblationReport ReportError ReportFiles load_results write_ablation_report write_report",
     "recollect.suites.comparison": "compare",
     "recollect.suites.options": "CompareOptions CompareResult",
 }
