@@ -31,9 +31,12 @@ LIBRARIES = ("torch", "numpy", "faiss-cpu", "faiss-gpu-cu12", "scann", "hnswlib"
 _MEASURING = ("cells", "crossover", "measure", "oracle", "sharing", "workload")
 _EVALUATING = (
     "attention",
+    "eviction",
     "evaluation",
     "evaluation_text",
     "gates",
+    "hidden_keys",
+    "local_attention",
     "memory_layer",
     "position_bias",
     "recording",
