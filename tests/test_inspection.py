@@ -1,4 +1,4 @@
-"""What an inspection says was retrieved is what exact search finds; its report and its intervals; both kinds of model."""
+"""What an inspection says was retrieved is what exact search finds; its report, its intervals, both kinds of model."""
 
 from __future__ import annotations
 

@@ -141,6 +141,27 @@ if TYPE_CHECKING:
     from recollect.pretrained.errors import (
         UnsupportedModel,
     )
+    from recollect.pretrained.evaluation import (
+        MemoryChoice,
+        MemoryComparison,
+        evaluate_with_store,
+    )
+    from recollect.pretrained.generation import (
+        Continuation,
+        GenerationOptions,
+        continue_text,
+    )
+    from recollect.pretrained.inspection import (
+        InspectionOptions,
+        inspect,
+    )
+    from recollect.pretrained.inspection_data import (
+        Inspection,
+    )
+    from recollect.pretrained.memorizing import (
+        Memorized,
+        memorize,
+    )
     from recollect.pretrained.records import (
         MemorySettings,
     )
@@ -155,6 +176,10 @@ if TYPE_CHECKING:
         load_results,
         write_ablation_report,
         write_report,
+    )
+    from recollect.reports.inspection import (
+        InspectionFiles,
+        write_inspection,
     )
     from recollect.suites.comparison import (
         compare,
@@ -197,9 +222,15 @@ _PUBLIC: dict[str, str] = {
     "recollect.model.trunk": "TrunkOutput TrunkStore compute_trunk",
     "recollect.pretrained.attach": "AttachedMemory attach_memory load_attached",
     "recollect.pretrained.errors": "UnsupportedModel",
+    "recollect.pretrained.evaluation": "MemoryChoice MemoryComparison evaluate_with_store",
+    "recollect.pretrained.generation": "Continuation GenerationOptions continue_text",
+    "recollect.pretrained.inspection": "InspectionOptions inspect",
+    "recollect.pretrained.inspection_data": "Inspection",
+    "recollect.pretrained.memorizing": "Memorized memorize",
     "recollect.pretrained.records": "MemorySettings",
     "recollect.pretrained.store": "MemoryStore StoreError",
     "recollect.reports": "AblationReport ReportError ReportFiles load_results write_ablation_report write_report",
+    "recollect.reports.inspection": "InspectionFiles write_inspection",
     "recollect.suites.comparison": "compare",
     "recollect.suites.options": "CompareOptions CompareResult",
 }
