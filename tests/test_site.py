@@ -76,8 +76,9 @@ def test_every_public_name_has_its_place_in_the_reference() -> None:
 
 def test_every_page_is_in_the_navigation_once() -> None:
     listed = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
-    there = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
-    assert sorted(listed) == sorted(there)
+    there = [path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.md")]
+    # The results of each grid are a page that docs/ablations.md links to.
+    assert sorted(listed) == sorted(path.as_posix() for path in there if path.parts[0] != "ablations")
 
 
 def test_figures_are_as_their_script_draws_them() -> None:
