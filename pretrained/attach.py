@@ -67,7 +67,9 @@ def attach_memory(
         window: tokens that the model attends to by itself; None is the model's context length, or a memory layer's
             sliding window if that is shorter.
         overlap: tokens of a full window that the next one reads again; None is a quarter of the window.
-        distance: rotary models: how many tokens back a remembered key seems to lie; None is 0. Must be None otherwise.
+        distance: rotary models: how many tokens back a remembered key seems to lie; None is half a window, which the
+                model has learned to attend over. (Distance 0, where only a token's own key ever stood, makes pretrained
+                models worse, and so does a distance that they never saw.) Must be None for other models.
         store: keys of texts read before, which every row searches beside its own; see `MemoryStore`.
         seed: decides everything random in the index.
 
@@ -94,7 +96,7 @@ def attach_memory(
         gate_share=gate_share,
         window=window,
         overlap=_overlap(overlap, window),
-        distance=_distance(distance, families.family_of(model)),
+        distance=_distance(distance, window, families.family_of(model)),
         seed=seed,
     )
     return attach_settings(model, settings, store)
@@ -110,9 +112,9 @@ def _overlap(overlap: int | None, window: int) -> int:
     return window // 4 if overlap is None else _whole("overlap", overlap, 0)
 
 
-def _distance(distance: int | None, family: families.Family) -> int:
+def _distance(distance: int | None, window: int, family: families.Family) -> int:
     if distance is None:
-        return 0
+        return window // 2 if family.rotary else 0
     if not family.rotary:
         raise ConfigurationError(
             f"distance={distance} can't be had: the positions of {family.name} are learned and stay in its keys; "

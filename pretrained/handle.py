@@ -95,7 +95,9 @@ class AttachedMemory(nn.Module):
         )
         base = model.base_model
         rotary = Rotary(base.rotary_emb) if families.family_of(model).rotary else None
-        self._reading = Reading(base, settings)
+        generation = getattr(model, "generation_config", None)
+        ends = _token_numbers(getattr(generation, "eos_token_id", None))
+        self._reading = Reading(base, settings, ends, _token_numbers(getattr(generation, "pad_token_id", None)))
         modules = families.attention_modules(model)
         for shape in shapes:
             gate: Any = self.gates[str(shape.layer)]
@@ -208,6 +210,13 @@ class AttachedMemory(nn.Module):
         delattr(model.config, SETTINGS)
         delattr(model, SETTINGS)
         self._reading.forget(None)
+
+
+def _token_numbers(given: int | list[int] | None) -> tuple[int, ...]:
+    """A token number of a generation configuration, which may be one, several or none."""
+    if given is None:
+        return ()
+    return (given,) if isinstance(given, int) else tuple(given)
 
 
 __all__ = ["SETTINGS", "AttachedMemory", "attach_settings"]

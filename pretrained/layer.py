@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from recollect.pretrained.attention import attention_with_mass
 from recollect.pretrained.gates import MemoryGate
-from recollect.pretrained.memory import KeySource, RowMemory, recall
+from recollect.pretrained.memory import KeySource, Recalled, RowMemory, recall
 from recollect.pretrained.records import LayerShape, MemorySettings, Retrieved, StoredKeys
 from recollect.pretrained.rotary import Rotary
 
@@ -135,29 +135,24 @@ class AttachedLayer:
             share = self.gate(mass, recalled.mass)
             joined = torch.lerp(seen.float(), recalled.remembered, share[..., None]).to(seen.dtype)
         if self.reading.observers:
-            store_entries = torch.full_like(recalled.slots[0], -1)
-            found = store_entries
-            used = [part > 0 for part in recalled.weights.split([slots.shape[-1] for slots in recalled.slots], -1)]
-            parts_positions, parts_entries = [], []
-            for source, slots, weighted in zip(sources, recalled.slots, used, strict=True):
-                slots = slots.masked_fill(~weighted, -1)
-                own = isinstance(source, RowMemory)
-                empty = torch.full_like(slots, -1)
-                parts_positions.append(source.numbers_at(slots) if isinstance(source, RowMemory) else empty)
-                parts_entries.append(empty if own else slots)
-            found, store_entries = torch.cat(parts_positions, -1), torch.cat(parts_entries, -1)
-            record = Retrieved(
-                self.shape.layer,
-                numbers,
-                found,
-                store_entries,
-                recalled.logits.detach(),
-                recalled.weights.detach(),
-                share.detach(),
-            )
-            for observer in list(self.reading.observers):
-                observer(record)
+            self._report(sources, recalled, share, numbers)
         return joined
+
+    def _report(self, sources: list[KeySource], recalled: Recalled, share: Tensor, numbers: Tensor) -> None:
+        """Tells the observers what was retrieved, the best K of all sources where there are several."""
+        own, entries = [], []
+        for source, slots in zip(sources, recalled.slots, strict=True):
+            none = torch.full_like(slots, -1)
+            is_own = isinstance(source, RowMemory)
+            own.append(source.numbers_at(slots) if isinstance(source, RowMemory) else none)
+            entries.append(none if is_own else slots)
+        logits, order = recalled.logits.detach().topk(min(self.settings.k, recalled.logits.shape[-1]), dim=-1)
+        missing = torch.isneginf(logits)
+        positions, found = (torch.cat(parts, -1).gather(-1, order).masked_fill(missing, -1) for parts in (own, entries))
+        weights = recalled.weights.detach().gather(-1, order)
+        record = Retrieved(self.shape.layer, numbers, positions, found, logits, weights, share.detach())
+        for observer in list(self.reading.observers):
+            observer(record)
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor, numbers: Tensor, counts: list[int]) -> None:
         """Adds each row's first `counts[b]` tokens to its memory.
@@ -171,11 +166,11 @@ class AttachedLayer:
         with torch.no_grad():
             keys, values = keys.detach(), values.detach()
             if self.rotary is not None:
-                keys = self.rotary.turn(keys, -positions).to(keys.dtype)
+                keys = self.rotary.turn(keys, -positions)
             if self.reading.storing_observers:
                 ranks = torch.arange(keys.shape[2], device=keys.device)
                 beyond = ranks >= torch.tensor(counts, device=keys.device)[:, None]
-                record = StoredKeys(self.shape.layer, keys, values, numbers.masked_fill(beyond, -1))
+                record = StoredKeys(self.shape.layer, keys.to(values.dtype), values, numbers.masked_fill(beyond, -1))
                 for observer in list(self.reading.storing_observers):
                     observer(record)
             if self.settings.memory_size:

@@ -100,7 +100,10 @@ def plan_call(
     if not reading.stores:
         # What was read before a pause and is only read again still enters.
         entering = torch.zeros_like(valid) if again is None else entering & again
-    news = Sight(valid, entering, positions, [inputs], lengths, restarted=restarted)
+    ended = None if sight is None else _ended(reading, sight, inputs)
+    if ended is not None:
+        entering = entering & ~ended[:, None]
+    news = Sight(valid, entering, positions, [inputs], lengths, restarted=restarted, ended=ended)
 
     def commit() -> None:
         if sight is not None:
@@ -251,6 +254,21 @@ def plan_continued(reading: Reading, given: dict[str, Any], inputs: Tensor, vali
         return torch.cat([part[:, skip:] for part, skip in zip(parts, skipped, strict=True)], 1)
 
     reading.split = (outputs, gather)
+
+
+def _ended(reading: Reading, sight: Sight, inputs: Tensor) -> Tensor | None:
+    """(B,) bool: rows where `inputs` is only filling behind an end, as generation does until all rows have ended."""
+    if inputs.shape[1] != 1 or len(inputs) == 1 or inputs.is_floating_point() or not reading.end_tokens:
+        return None
+    ends = torch.tensor(reading.end_tokens, device=inputs.device)
+    before = sight.pieces[-1]
+    after_end = torch.zeros_like(inputs[:, 0], dtype=torch.bool)
+    if not before.is_floating_point() and before.shape[1]:
+        after_end = torch.isin(before[:, -1], ends)
+    if sight.ended is not None:
+        after_end = after_end | sight.ended
+    fillings = torch.tensor((*reading.end_tokens, *reading.fill_tokens), device=inputs.device)
+    return after_end & torch.isin(inputs[:, 0], fillings)
 
 
 def _fitting(valid: Tensor, counts: list[int], window: int) -> int:

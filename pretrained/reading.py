@@ -28,6 +28,7 @@ class Reading:
     Args:
         base: the base model, whose forward is hooked.
         settings: what was attached.
+        end_tokens, fill_tokens: what ends a generated text, and what may follow in a batch until all rows have ended.
 
     Attributes:
         layers: the layers with memory.
@@ -36,9 +37,17 @@ class Reading:
         observers, storing_observers: called with every `Retrieved` and `StoredKeys`.
     """
 
-    def __init__(self, base: Any, settings: MemorySettings) -> None:
+    def __init__(
+        self,
+        base: Any,
+        settings: MemorySettings,
+        end_tokens: tuple[int, ...] = (),
+        fill_tokens: tuple[int, ...] = (),
+    ) -> None:
         self._base = [base]  # in a list, for no module of the model is to be registered twice
         self.settings = settings
+        self.end_tokens = end_tokens
+        self.fill_tokens = fill_tokens
         self.layers: list[AttachedLayer] = []
         self.holding = False
         self.paused = False

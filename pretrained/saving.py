@@ -39,10 +39,11 @@ def load_attached(path: str | Path, *, store: KeyStore | None = None, **kwargs: 
     from transformers.utils import logging
 
     settings = saved_settings(AutoConfig.from_pretrained(path), path)
+    loader: Any = AutoModelForCausalLM
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # or it would call the gates unexpected, which are read below
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+        model, report = loader.from_pretrained(path, output_loading_info=True, **kwargs)
     finally:
         logging.set_verbosity(verbosity)
     if report["missing_keys"]:
@@ -102,7 +103,7 @@ def _read(path: str | Path, names: list[str]) -> dict[str, Tensor]:
         if index is None:
             raise CheckpointError(f"{path} holds no {' or '.join(WEIGHTS)} to read the gates from; save it again")
         places = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        files = {name: cached_file(path, places[name]) for name in names}
+        files = {name: str(cached_file(path, places[name])) for name in names}
     tensors = {}
     for name, file in files.items():
         with safe_open(file, framework="pt") as opened:

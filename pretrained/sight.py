@@ -68,6 +68,7 @@ class Sight:
         counts: visible tokens of each row.
         layers: by layer, the keys and values (B, G, S, D) as the model's cache has them.
         restarted: a window began within the text, so that positions and masks are ours to give.
+        ended: (B,) bool, rows whose generation is over, so that what follows is filling; None while none is.
     """
 
     mask: Tensor
@@ -77,6 +78,7 @@ class Sight:
     counts: list[int]
     layers: dict[int, SightLayer] = field(default_factory=dict)
     restarted: bool = False
+    ended: Tensor | None = None
 
     def extend(self, other: Sight) -> None:
         """Adds the columns of a call that continued this sight."""
@@ -85,6 +87,7 @@ class Sight:
         rows = max(len(self.positions), len(other.positions))
         self.positions = torch.cat((self.positions.expand(rows, -1), other.positions.expand(rows, -1)), 1)
         self.pieces += other.pieces
+        self.ended = other.ended
         self.counts = [old + new for old, new in zip(self.counts, other.counts, strict=True)]
 
     def crop(self, columns: int) -> None:
