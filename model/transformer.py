@@ -312,10 +312,14 @@ class MemorizingTransformer(nn.Module):
                 before. None marks no row.
             reset: mark every row.
         """
+        if not isinstance(tokens, Tensor):
+            raise ValueError(f"{type(tokens).__name__} cannot be read: give model.tokenizer.tensor(text), or tokens")
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens of shape {tuple(tokens.shape)} cannot be read: want (rows, tokens), at least one")
         if state is None:
             state = self.initial_state(len(tokens))
+        elif state.batch_size != len(tokens):
+            raise ValueError(f"the state is of {state.batch_size} rows and the tokens are of {len(tokens)}")
         if document_starts is None or reset:
             document_starts = torch.full((len(tokens),), reset, device=tokens.device)
         pieces = []

@@ -123,3 +123,11 @@ def test_long_text_trains() -> None:
 def test_what_is_no_text_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="want \\(rows, tokens\\)"):
         tiny_model()(torch.zeros(shape, dtype=torch.int64))
+
+
+def test_text_and_the_state_of_another_batch_are_refused_with_the_reason() -> None:
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"str cannot be read: give model\.tokenizer\.tensor"):
+        model("text")
+    with pytest.raises(ValueError, match="state is of 2 rows and the tokens are of 3"):
+        model(torch.zeros(3, 5, dtype=torch.int64), model.initial_state(2))
