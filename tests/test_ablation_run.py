@@ -242,3 +242,15 @@ def test_the_command_shows_a_plan_and_refuses_nonsense(tmp_path: Path) -> None:
     wrong = runner.invoke(app, ["ablate", "memry"])
     assert isinstance(wrong.exception, AblateError)
     assert "memory" in str(wrong.exception)
+
+
+def test_steps_are_timed_beside_the_reference(finished: tuple[Path, AblateOptions]) -> None:
+    folder, _ = finished
+    rows = rows_of(folder / "out" / "tiny")
+    for name, row in rows.items():
+        if name != "wild":
+            assert row["costs"]["step_ms"] > 0, name
+            assert 0.2 < row["costs"]["step_ratio"] < 20, name
+    # The reference's own ratio is noise about 1, and a variant that only evaluates otherwise costs what its parent does.
+    assert 0.5 < rows["none"]["costs"]["step_ratio"] < 2
+    assert rows["memory"]["costs"]["step_ratio"] == rows["memory k 2"]["costs"]["step_ratio"]

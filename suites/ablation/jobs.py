@@ -116,6 +116,7 @@ class PlannedRow:
     Attributes:
         skip: why it cannot be run here (a missing library); empty where it can.
         probes: digests by name.
+        timing: digest of the comparison of its training step with its reference's.
     """
 
     grid: str
@@ -126,6 +127,7 @@ class PlannedRow:
     reference: str
     training: str
     evaluation: str
+    timing: str
     probes: dict[str, str] = field(default_factory=dict)
     skip: str = ""
 
@@ -135,6 +137,7 @@ class Plan:
     """Everything that all grids need, each thing once.
 
     Attributes:
+        timings: comparisons of training steps, as the process that measures them takes them.
         asked: trainings and evaluations that the rows would be without sharing.
         settings: all values of each (grid, variant), for run.json.
     """
@@ -142,6 +145,7 @@ class Plan:
     rows: list[PlannedRow] = field(default_factory=list)
     trainings: dict[str, TrainingJob] = field(default_factory=dict)
     evaluations: dict[str, EvaluationJob] = field(default_factory=dict)
+    timings: dict[str, dict[str, Any]] = field(default_factory=dict)
     asked: int = 0
     settings: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
 

@@ -1,35 +1,30 @@
 """Setting a size so that one variant costs as much as another: a window, say, for what the memory costs.
 
-Bytes are counted: what a sequence's caches and memories hold when they are full. Time is measured, on this machine,
-with random weights and full memories; the size that was chosen is kept in the output folder, so that a run that goes on
-compares the same models.
+Bytes are counted: what a sequence's caches and memories hold when they are full. Time is that of a training step,
+measured on this machine beside the other variant's (`timing.py`); the size chosen is kept in the output folder, so that
+a run that goes on compares the same models.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from recollect.memory_backends.atomic import write_json
 from recollect.model.configuration import ModelConfig
-from recollect.model.hidden_keys import HiddenMemory
-from recollect.model.streams import Segment
-from recollect.model.training import training_loss
-from recollect.model.transformer import MemorizingTransformer
+from recollect.model.training_options import TrainingOptions
 
 from .grid import Grid, Variant
 from .jobs import digest_of, read_record
 from .options import AblateOptions
 from .plan import Resolved, resolve
 from .settings import model_config, training_identity
+from .timing import TimedModel, paired_ms
 
 FOLDER = "matched"
-STEPS = 7
-"""Steps timed for each size; their median counts."""
+TOO_LONG = 1.3
+"""Ratio of times from which on no larger size is tried."""
 
 
 class Costs:
@@ -65,18 +60,20 @@ class Costs:
         path = self.output / FOLDER / f"{digest_of(identity)}.json"
         record = read_record(path)
         if record is None and self.measure:
-            batch, device = target.training.batch_size, target.training.device
-            backend, precision = target.training.backend, target.training.precision
-            limit_ms = step_ms(target.trained, batch, backend=backend, device=device, precision=precision)
-            times: dict[int, float] = {}
-            for size, config in sizes.items():
-                times[size] = step_ms(config, batch, backend="exact", device=device, precision=precision)
-                if times[size] > 1.5 * limit_ms:
-                    break
-            fits = [size for size, taken in times.items() if taken <= limit_ms]
-            record = {"chosen": fits[-1] if fits else wanted.values[0], "target_ms": limit_ms, "step_ms": times}
+            record = self._choose(target.training, resolved.training, sizes)
             write_json(path, record)
         return {key: int(record["chosen"]) if record is not None else wanted.values[0]}
+
+    def _choose(self, target: TrainingOptions, this: TrainingOptions, sizes: dict[int, ModelConfig]) -> dict[str, Any]:
+        """The largest size whose step takes no longer than the target's, timed beside it."""
+        measure = TimedModel(target)
+        ratios: dict[int, float] = {}
+        for size, config in sizes.items():
+            _, _, ratios[size] = paired_ms(TimedModel(dataclasses.replace(this, model=config)), measure)
+            if ratios[size] > TOO_LONG:
+                break
+        fits = [size for size, ratio in ratios.items() if ratio <= 1.0]
+        return {"chosen": fits[-1] if fits else min(sizes), "step_ratio": ratios}
 
 
 def sequence_bytes(config: ModelConfig) -> int:
@@ -84,36 +81,3 @@ def sequence_bytes(config: ModelConfig) -> int:
     memory = len(config.memory_layers) * config.memory_size * config.memory_numbers_per_token
     cached = config.layers * (config.xl_cache + config.compressed_memory)
     return 4 * (memory + cached * 2 * config.heads * config.head_dim)
-
-
-def step_ms(config: ModelConfig, batch_size: int, *, backend: str, device: str, precision: str) -> float:
-    """Median time of a training step with memories and caches full, in milliseconds."""
-    torch.manual_seed(0)
-    model = MemorizingTransformer(config).to(device).train()
-    state = model.initial_state(batch_size, backend=backend)
-    shape = (batch_size, config.segment_length)
-    for memory in state.memories:
-        if isinstance(memory, HiddenMemory):
-            memory.append(torch.randn(batch_size, config.memory_size, config.width, device=device))
-            continue
-        keys = torch.randn(memory.backend.num_memories, memory.backend.capacity, memory.backend.dim, device=device)
-        memory.backend.add(torch.nn.functional.normalize(keys, dim=-1))
-    times = []
-    for _ in range(STEPS + 3 + -(-config.xl_cache // config.segment_length)):
-        tokens = torch.randint(config.vocabulary_size, shape)
-        none = torch.zeros(batch_size, dtype=torch.int64)
-        segment = Segment(tokens, tokens, none.bool(), none, none, none + config.segment_length)
-        _synchronise(device)
-        start = time.perf_counter()
-        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
-            loss, state = training_loss(model, state, segment)
-        loss.backward()
-        model.zero_grad()
-        _synchronise(device)
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[-STEPS:])
-
-
-def _synchronise(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()

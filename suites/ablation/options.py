@@ -28,6 +28,7 @@ class AblateOptions:
         threads: threads of each process. Weights are equal between runs only with equal threads.
         device: where models live; None is the scale's own.
         timeout: seconds without any progress after which a process is given up.
+        timing: time training steps, one process at a time, when everything else is done.
         report: write tables and pages at the end.
         progress: tell what is happening on standard error.
         cache_directory: where token streams are cached; None is the user's cache folder.
@@ -43,6 +44,7 @@ class AblateOptions:
     threads: int = 1
     device: str | None = None
     timeout: float = 1800.0
+    timing: bool = True
     report: bool = True
     progress: bool = True
     cache_directory: str | Path | None = None

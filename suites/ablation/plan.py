@@ -26,6 +26,7 @@ from .settings import (
     training_options,
 )
 from .systems import check_system, training_free_config
+from .timing import timing_digest, timing_task
 
 EVALUATION_SHARE = 0.1
 """An evaluation's time as a share of a training's, until one was measured; for the order and the estimate only."""
@@ -209,6 +210,7 @@ class Planner:
                 training=training,
                 evaluation=evaluation,
                 probes=probes,
+                timing=self._timing(grid, resolved),
                 skip=missing_library(resolved.training.backend, resolved.settings.backend),
             )
         )
@@ -247,6 +249,22 @@ class Planner:
         snapshots = tuple(sorted({*job.options.snapshots, *options.snapshots}))
         self.plan.trainings[digest] = dataclasses.replace(
             job, options=dataclasses.replace(job.options, snapshots=snapshots)
+        )
+        return digest
+
+    def _timing(self, grid: Grid, resolved: Resolved) -> str:
+        """The comparison of the variant's training step with its reference's."""
+        reference = self._resolve(grid, grid.variant(resolved.variant.reference), 0).training
+        digest = timing_digest(resolved.training, reference)
+        label = f"{grid.name}/{resolved.variant.name}"
+        self.plan.timings.setdefault(
+            digest,
+            {
+                "digest": digest,
+                "label": label,
+                "this": timing_task(resolved.training),
+                "reference": timing_task(reference),
+            },
         )
         return digest
 

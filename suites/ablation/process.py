@@ -33,6 +33,7 @@ from .sections import Section, evaluation_text, tokenize_split
 from .settings import EvaluationSettings
 from .stability import read_log, summarise_log
 from .starting import adapted_start
+from .timing import timing_path, write_timing
 
 SCRATCH = "retrained"
 """Folder in the output of trainings that are repeated for their snapshots."""
@@ -43,6 +44,9 @@ Tell = Callable[..., None]
 def run(task: dict[str, Any], tell: Tell) -> None:
     """Runs one task of the runner: trains if the checkpoint is not there, then evaluates what is not evaluated."""
     keep_freed_memory()
+    if "timings" in task:
+        _time(task, tell)
+        return
     work = _Work(task, tell)
     if not work.train():
         return
@@ -56,6 +60,20 @@ def run(task: dict[str, Any], tell: Tell) -> None:
             tell("failed", index=index, digest=job["digest"], reason=f"{type(error).__name__}: {error}")
             continue
         write_json(work.output / EVALUATIONS / f"{job['digest']}.json", record)
+        tell("done", index=index, digest=job["digest"])
+
+
+def _time(task: dict[str, Any], tell: Tell) -> None:
+    """Times training steps beside those of their references."""
+    for index, job in enumerate(task["timings"]):
+        tell("start", index=index, what=job["label"])
+        try:
+            write_timing(timing_path(Path(task["output"]), job["digest"]), job["this"], job["reference"])
+        except OSError:
+            raise
+        except Exception as error:
+            tell("failed", index=index, digest=job["digest"], reason=f"{type(error).__name__}: {error}")
+            continue
         tell("done", index=index, digest=job["digest"])
 
 

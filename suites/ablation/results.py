@@ -18,6 +18,7 @@ from .options import AblateOptions
 from .plan import chosen_variants
 from .sections import Section
 from .stability import SPIKE_RULE
+from .timing import timing_path
 
 SCHEMA = 1
 RUN, ROWS, GRID = "run.json", "rows.jsonl", "grid.toml"
@@ -35,6 +36,7 @@ _TRAINING = (
     "gradient_norm_max",
     "diverged_at",
 )
+_TIMED = ("step_ms", "reference_step_ms", "step_ratio")
 _EVALUATION = (
     "digest",
     "perplexity",
@@ -88,7 +90,8 @@ def row_of(planned: PlannedRow, plan: Plan, output: Path, failures: Mapping[str,
     if record is None:
         return {**row, "status": "failed" if reason else "missing", "reason": reason}
     row["system"] = record["system"]
-    row["costs"] = record["costs"]
+    timed = read_record(timing_path(output, planned.timing)) or {}
+    row["costs"] = {**record["costs"], **{name: timed[name] for name in _TIMED if name in timed}}
     names = (
         "digest",
         "perplexity",

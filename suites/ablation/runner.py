@@ -19,7 +19,7 @@ from typing import Any
 
 import filelock
 
-from ..processes import LAST, Event, WorkerProcess
+from ..processes import LAST, Event, WorkerProcess, run_task
 from .grid import Grid, Variant, load_grid
 from .jobs import TRAINED, EvaluationJob, Plan, TrainingJob, read_record
 from .matching import Costs
@@ -27,9 +27,9 @@ from .options import AblateError, AblateOptions, AblateResult
 from .plan import Planner, Resolved
 from .progress import Reporter, minutes
 from .results import row_of, write_rows, write_run
-from .sections import Section, make_tokenizer, read_sections
-
-Task = tuple[TrainingJob, list[EvaluationJob]]
+from .schedule import Task, open_tasks, prepare_texts
+from .sections import Section, read_sections
+from .timing import timing_path
 
 
 def plan_ablation(options: AblateOptions) -> tuple[list[Grid], list[Section], Plan]:
@@ -66,6 +66,7 @@ class _Ablation:
         self.workers: set[WorkerProcess] = set()
         self.lock = threading.Lock()
         self.stopped = False
+        self.learned = (0.0, 0.0)
 
     # Planning
 
@@ -106,8 +107,10 @@ class _Ablation:
         self.output.mkdir(parents=True, exist_ok=True)
         with self._alone(), Reporter(self.options.progress) as self.reporter:
             self.make_plan(measure=True)
-            self._prepare()
-            tasks = self._tasks()
+            prepare_texts(
+                self.plan, self.sections, self.corpora, self.output, self.options.cache_directory, self.reporter.note
+            )
+            tasks = open_tasks(self.plan, self.output)
             open_evaluations = sum(len(evaluations) for _, evaluations in tasks)
             self.total = len(self.plan.trainings) + len(self.plan.evaluations)
             self.left = {job.digest for job, _ in tasks if job.state() == "open"}
@@ -120,6 +123,8 @@ class _Ablation:
                 f"about {minutes(self._remaining())}"
             )
             self._run_all(tasks)
+            if self.options.timing:
+                self._time()
             self._write(finished=True)
             if self.options.report:
                 self._report()
@@ -159,72 +164,13 @@ class _Ablation:
         finally:
             lock.release()
 
-    def _prepare(self) -> None:
-        """Tokenizers, so that processes find them, and the lengths of documents, so that nothing is found out late."""
-        from recollect.model.token_cache import tokenize
-        from recollect.model.tokenizer import load_tokenizer
-
-        from .sections import evaluation_text
-
-        wanted = {(job.section, job.options.model.vocabulary_size) for job in self.plan.trainings.values()}
-        by_name = {section.name: section for section in self.sections}
-        for name, vocabulary in sorted(wanted):
-            self.reporter.note(f"tokens of {name}")
-            path = make_tokenizer(by_name[name], self.corpora[name], self.output, vocabulary)
-            tokenizer = load_tokenizer(path)
-            cached = self.options.cache_directory
-            splits = {"train", *(job.settings.split for job in self.plan.evaluations.values())}
-            documents = {split: tokenize(self.corpora[name], split, tokenizer, cached) for split in sorted(splits)}
-            seen: set[tuple[str, int]] = set()
-            for job in self.plan.evaluations.values():
-                training = self.plan.trainings[job.training]
-                if (training.section, training.options.model.vocabulary_size) != (name, vocabulary):
-                    continue
-                length = job.config.segment_length
-                shape = (job.settings.text_key, length)
-                if shape not in seen:
-                    seen.add(shape)
-                    evaluation_text(documents[job.settings.split], job.settings, length, name)
-
-    def _tasks(self) -> list[Task]:
-        """A training with its evaluations for each checkpoint that lacks something, in the order to start them."""
-        wanted = {row.training for row in self.plan.rows if not row.skip}
-        evaluations = {
-            digest for row in self.plan.rows if not row.skip for digest in (row.evaluation, *row.probes.values())
-        }
-        wanted = {row.training for row in self.plan.rows if not row.skip}
-        for digest in list(wanted):
-            start = self.plan.trainings[digest].start
-            while start is not None:
-                wanted.add(start)
-                start = self.plan.trainings[start].start
-        tasks = []
-        for digest in wanted:
-            job = self.plan.trainings[digest]
-            state = job.state()
-            if state == "diverged":
-                continue
-            todo = [
-                item
-                for item in self.plan.evaluations_of(digest)
-                if item.digest in evaluations and read_record(item.path(self.output)) is None
-            ]
-            if state == "open" or todo:
-                tasks.append((job, todo))
-        return sorted(tasks, key=lambda task: (task[0].options.seed, self._cost(task), task[0].digest))
-
-    def _cost(self, task: Task) -> float:
-        """Expected seconds, those of what it starts from included, so that it comes after that."""
-        job, evaluations = task
-        before = self.plan.trainings[job.start] if job.start is not None else None
-        own = job.seconds if job.state() == "open" else 0.0
-        return own + sum(item.seconds for item in evaluations) + (before.seconds if before is not None else 0.0)
-
     def _remaining(self) -> float:
         """Expected seconds until all is done."""
         trainings = [job.seconds for digest, job in self.plan.trainings.items() if digest in self.left]
         evaluations = [job.seconds for digest, job in self.plan.evaluations.items() if digest in self.left]
-        return (sum(trainings) + sum(evaluations)) / self.options.jobs
+        expected, taken = self.learned
+        ratio = taken / expected if expected else 1.0
+        return ratio * (sum(trainings) + sum(evaluations)) / self.options.jobs
 
     def _run_all(self, tasks: list[Task]) -> None:
         """Runs the tasks, `jobs` at a time; one that starts from another's checkpoint waits for it."""
@@ -320,6 +266,8 @@ class _Ablation:
             self.left.discard(digest)
             if kind == "trained":
                 self.trained += 1
+                # What the trainings so far took tells this machine's pace.
+                self.learned = (self.learned[0] + job.seconds, self.learned[1] + (self._seconds(digest) or job.seconds))
                 text = f"{key} ({job.section}): trained"
             elif kind == "done":
                 self.evaluated += 1
@@ -336,6 +284,37 @@ class _Ablation:
             done, left = self.total - len(self.left), self._remaining()
         self.reporter.finished(done, self.total, text, left)
         self._write_rows({digest})
+
+    def _time(self) -> None:
+        """Times training steps in one process, while nothing else of this run is running."""
+        wanted = {row.timing for row in self.plan.rows if not row.skip}
+        jobs = [self.plan.timings[digest] for digest in sorted(wanted)]
+        jobs = [job for job in jobs if read_record(timing_path(self.output, job["digest"])) is None]
+        if not jobs:
+            return
+        self.reporter.note(f"timing {len(jobs)} training steps beside their references")
+        task = {"kind": "ablation", "output": str(self.output), "timings": jobs}
+
+        def hear(event: Event) -> None:
+            if event["event"] == "start":
+                self.reporter.working("timing", f"timing {event['what']}", event["index"] / len(jobs))
+            elif event["event"] == "failed":
+                self._note(f"{jobs[int(event['index'])]['label']}: its training step was not timed: {event['reason']}")
+
+        last = run_task(
+            task,
+            threads=self.options.threads,
+            log=self.output / "logs" / "timing.log",
+            timeout=self.options.timeout,
+            on_event=hear,
+        )
+        self.reporter.ended("timing")
+        if last["event"] != "end":
+            self._note(f"not all training steps were timed: {last['reason']}")
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        self.reporter.note(text)
 
     # Results
 

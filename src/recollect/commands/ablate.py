@@ -36,6 +36,9 @@ def ablate(
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Processes at a time.")] = 1,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of each process.")] = 1,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda ... Default: the scale's own.")] = None,
+    timing: Annotated[
+        bool, typer.Option("--timing/--no-timing", help="Time the training steps when everything else is done.")
+    ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the plan, run nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -70,6 +73,7 @@ def ablate(
         jobs=jobs,
         threads=threads,
         device=device,
+        timing=timing,
     )
     if dry_run:
         _show_plan(options, as_json)
