@@ -55,6 +55,11 @@ class ModelState:
     def memories(self) -> list[AnyMemory]:
         return self.upper.memories
 
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return len((self.trunk.layers + self.upper.layers)[0].cached_tokens)
+
 
 @dataclass
 class ModelOutput:
