@@ -115,6 +115,15 @@ def test_recall_of_exact_and_of_a_known_share(tmp_path: Path, tokenizer: Tokeniz
     assert [row["status"] for row in result.rows] == ["ok"] * 3
 
 
+def test_rows_are_judged_by_themselves(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Recall over all rows is between those of the first and the others, and is not the first's."""
+    final = _save(tmp_path / "final", _model(), tokenizer)
+    options = {"specs": ["degraded:drop=0.5"]}
+    found = [probes_index_recall.probe([final], tiny_text(), {**options, "rows": rows}) for rows in (1, 2, 0)]
+    recalls = [result.numbers["recall_degraded_drop_0.5"] for result in found]
+    assert recalls[1] == recalls[2] != recalls[0]
+
+
 def test_keys_of_unequal_length_are_told(tmp_path: Path, tokenizer: Tokenizer) -> None:
     final = _save(tmp_path / "final", _model(normalise_queries_and_keys=False), tokenizer)
     result = probes_index_recall.probe([final], tiny_text(), {"specs": ["exact"]})

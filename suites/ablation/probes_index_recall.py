@@ -7,11 +7,13 @@ default options replays the first memory layer's workload causally and is judged
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from recollect.memory_backends import BackendUnavailable, list_backends, make_backend
 from recollect.memory_backends.spec import parse_spec
@@ -25,9 +27,10 @@ from ..oracle import Judge, Oracle, consult
 from .probe_types import ProbeResult
 
 VERSION = 1
-OPTIONS: dict[str, Any] = {"specs": [], "memory_size": 0, "k": 0, "segments": 32}
+OPTIONS: dict[str, Any] = {"specs": [], "memory_size": 0, "k": 0, "rows": 2, "segments": 0}
 """specs: registry strings, empty for each installed index with its default options. memory_size, k: 0 is the model's
-own. segments: read so many segments of the text, 0 for all."""
+own. rows: judge the memories of so many rows of the text, 0 for all. segments: read so many of its segments, 0 for
+all."""
 
 _NO_INDEX = ("exact", "faiss-flat", "degraded")
 """Exact by definition, or an instrument."""
@@ -51,6 +54,8 @@ def probe(checkpoints: Sequence[Path], text: EvaluationText, options: Mapping[st
         text = text.only(torch.arange(min(int(settings["segments"]), text.segments)))
     size, k = int(settings["memory_size"]) or config.memory_size, int(settings["k"]) or config.k
     recording = record(checkpoint.model.eval(), compute_trunk(checkpoint.model, text))
+    rows_judged = min(int(settings["rows"]) or text.rows, text.rows)
+    recording, is_text = _first_rows(recording, rows_judged), text.is_text[:, :rows_judged]
     oracle = consult(recording, size, k)
     if int(oracle.live.max()) <= k:
         raise ConfigurationError(
@@ -62,7 +67,7 @@ def probe(checkpoints: Sequence[Path], text: EvaluationText, options: Mapping[st
     for spec in [str(spec) for spec in settings["specs"]] or default_specs():
         row: dict[str, Any] = {"spec": spec, "memory_size": size, "k": k}
         try:
-            recall, mass, best = judge(recording, oracle, spec, text)
+            recall, mass, best = judge(recording, oracle, spec, is_text)
         except BackendUnavailable as error:
             rows.append({**row, "status": "skipped", "reason": str(error)})
             continue
@@ -83,14 +88,24 @@ def _label(spec: str) -> str:
     return name.replace("-", "_") + (f"_{own.replace('=', '_').replace(',', '_')}" if own else "")
 
 
+def _first_rows(recording: Recording, rows: int) -> Recording:
+    """The workload of the first rows: few long memories tell more of an index than many short ones."""
+    kept = rows * recording.heads
+    tensors = {name: getattr(recording, name)[:, :kept].contiguous() for name in ("queries", "keys", "values")}
+    return dataclasses.replace(recording, document_starts=recording.document_starts[:, :rows], **tensors)
+
+
 @torch.inference_mode()
-def judge(recording: Recording, oracle: Oracle, spec: str, text: EvaluationText) -> tuple[float, float, float]:
-    """Recall at k, softmax mass found, and softmax mass of the true best, of one index on a recording."""
+def judge(recording: Recording, oracle: Oracle, spec: str, is_text: Tensor) -> tuple[float, float, float]:
+    """Recall at k, softmax mass found, and softmax mass of the true best, of one index on a recording.
+
+    is_text: (S, B, T) bool: the queries that count.
+    """
     backend = make_backend(
         spec, num_memories=recording.num_memories, capacity=oracle.capacity, dim=recording.dim, seed=0
     )
-    watch = Judge(oracle, text.is_text)
-    for number in range(text.segments):
+    watch = Judge(oracle, is_text)
+    for number in range(len(is_text)):
         starting = recording.document_starts[number].repeat_interleave(recording.heads).nonzero().flatten()
         if len(starting):
             backend.reset(starting)
