@@ -138,6 +138,9 @@ if TYPE_CHECKING:
         attach_memory,
         load_attached,
     )
+    from recollect.pretrained.document_segments import (
+        DocumentSegments,
+    )
     from recollect.pretrained.errors import (
         UnsupportedModel,
     )
@@ -145,6 +148,11 @@ if TYPE_CHECKING:
         MemoryChoice,
         MemoryComparison,
         evaluate_with_store,
+    )
+    from recollect.pretrained.fine_tuning import (
+        MemoryCallback,
+        TrainableParameters,
+        choose_trainable,
     )
     from recollect.pretrained.generation import (
         Continuation,
@@ -161,6 +169,11 @@ if TYPE_CHECKING:
     from recollect.pretrained.memorizing import (
         Memorized,
         memorize,
+    )
+    from recollect.pretrained.population import (
+        CollectedKeys,
+        collect_keys,
+        populate,
     )
     from recollect.pretrained.records import (
         MemorySettings,
@@ -221,12 +234,15 @@ _PUBLIC: dict[str, str] = {
     "recollect.model.transformer": "MemorizingTransformer ModelOutput ModelState",
     "recollect.model.trunk": "TrunkOutput TrunkStore compute_trunk",
     "recollect.pretrained.attach": "AttachedMemory attach_memory load_attached",
+    "recollect.pretrained.document_segments": "DocumentSegments",
     "recollect.pretrained.errors": "UnsupportedModel",
     "recollect.pretrained.evaluation": "MemoryChoice MemoryComparison evaluate_with_store",
+    "recollect.pretrained.fine_tuning": "MemoryCallback TrainableParameters choose_trainable",
     "recollect.pretrained.generation": "Continuation GenerationOptions continue_text",
     "recollect.pretrained.inspection": "InspectionOptions inspect",
     "recollect.pretrained.inspection_data": "Inspection",
     "recollect.pretrained.memorizing": "Memorized memorize",
+    "recollect.pretrained.population": "CollectedKeys collect_keys populate",
     "recollect.pretrained.records": "MemorySettings",
     "recollect.pretrained.store": "MemoryStore StoreError",
     "recollect.reports": "AblationReport ReportError ReportFiles load_results write_ablation_report write_report",
