@@ -207,3 +207,11 @@ def test_text_that_cannot_fill_the_memory_is_told(tmp_path: Path) -> None:
 def test_corpora_are_named_once(corpora: tuple[str, ...], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         plan_ablation(AblateOptions(grids=(write_grid(tmp_path),), corpora=corpora))
+
+
+def test_the_grid_that_the_documentation_shows_is_sound(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "grids.md").read_text(encoding="utf-8")
+    path = tmp_path / "my_grid.toml"
+    path.write_text(page.split("```toml\n")[1].split("```")[0], encoding="utf-8")
+    for scale in SCALES:
+        check(str(path), scale)

@@ -10,6 +10,9 @@ import pytest
 import recollect
 
 PUBLIC_NAMES = [
+    "AblateError",
+    "AblateOptions",
+    "AblateResult",
     "AblationReport",
     "AnnBenchmark",
     "AttachedMemory",
@@ -80,6 +83,7 @@ PUBLIC_NAMES = [
     "UnsupportedModel",
     "UnsupportedOperation",
     "__version__",
+    "ablate",
     "attach_memory",
     "backend_names",
     "canonical_spec",

@@ -194,6 +194,14 @@ if TYPE_CHECKING:
         InspectionFiles,
         write_inspection,
     )
+    from recollect.suites.ablation.options import (
+        AblateError,
+        AblateOptions,
+        AblateResult,
+    )
+    from recollect.suites.ablation.runner import (
+        ablate,
+    )
     from recollect.suites.comparison import (
         compare,
     )
@@ -247,6 +255,8 @@ _PUBLIC: dict[str, str] = {
     "recollect.pretrained.store": "MemoryStore StoreError",
     "recollect.reports": "AblationReport ReportError ReportFiles load_results write_ablation_report write_report",
     "recollect.reports.inspection": "InspectionFiles write_inspection",
+    "recollect.suites.ablation.options": "AblateError AblateOptions AblateResult",
+    "recollect.suites.ablation.runner": "ablate",
     "recollect.suites.comparison": "compare",
     "recollect.suites.options": "CompareOptions CompareResult",
 }

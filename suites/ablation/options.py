@@ -68,6 +68,7 @@ class AblateResult:
 
     Attributes:
         output: the folder.
+        report: the page over all its grids, None where none was asked for.
         folders: one for each grid, with run.json, rows.jsonl and the tables.
         trained, evaluated: how many trainings and evaluations this call ran.
         reused: how many it found done.
@@ -78,6 +79,7 @@ class AblateResult:
     """
 
     output: Path
+    report: Path | None
     folders: tuple[Path, ...]
     trained: int
     evaluated: int

@@ -126,8 +126,7 @@ class _Ablation:
             if self.options.timing:
                 self._time()
             self._write(finished=True)
-            if self.options.report:
-                self._report()
+            report = self._report() if self.options.report else None
         rows = [(grid, self._rows(grid)) for grid in self.grids]
         told = {
             status: tuple(
@@ -140,6 +139,7 @@ class _Ablation:
         }
         return AblateResult(
             output=self.output,
+            report=report,
             folders=tuple(self.output / grid.name for grid in self.grids),
             trained=self.trained,
             evaluated=self.evaluated,
@@ -352,17 +352,12 @@ class _Ablation:
                     finished=finished and all(row["status"] not in ("missing", "failed") for row in rows),
                 )
 
-    def _report(self) -> None:
-        """Tables and pages, by the room that knows how."""
-        import importlib.util
+    def _report(self) -> Path:
+        """Tables and pages of every grid in the folder, by the room that knows how; gives the page over them."""
+        from recollect.reports import write_ablation_report
 
-        if importlib.util.find_spec("recollect.reports.ablation") is None:
-            return
-        from recollect.reports.ablation import write_ablation_report
-
-        for grid in self.grids:
-            self.reporter.note(f"writing the report of {grid.name}")
-            write_ablation_report(self.output / grid.name)
+        self.reporter.note("writing the report")
+        return write_ablation_report(self.output).page
 
 
 def _least(grid: Grid, variant: Variant, resolved: Resolved) -> dict[str, Any]:

@@ -81,6 +81,7 @@ def ablate(
     result = run(options)
     answer: dict[str, Any] = {
         "output": str(result.output),
+        "report": str(result.report) if result.report else None,
         "folders": [str(folder) for folder in result.folders],
         "trained": result.trained,
         "evaluated": result.evaluated,
@@ -93,7 +94,7 @@ def ablate(
     if as_json:
         print_json(answer)
     else:
-        print_figures("Ablation", {key: value for key, value in answer.items() if value != []})
+        print_figures("Ablation", {key: value for key, value in answer.items() if value not in ([], None)})
     if result.failed:
         raise typer.Exit(1)
 
