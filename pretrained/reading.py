@@ -194,7 +194,7 @@ class Reading:
         """The first `counts[b]` visible tokens of each row leave the sight, and enter the memory if they should."""
         device = sight.mask.device
         ranks = sight.mask.cumsum(1) - 1
-        before = torch.tensor(self.first, device=device)[:, None]
+        before = self.first_of(len(counts), device)[:, None]
         leaving = sight.enters & sight.mask & (ranks < torch.tensor(counts, device=device)[:, None])
         numbers = leaving.sum(1).tolist()
         self.advance(counts)
@@ -235,7 +235,10 @@ class Reading:
 
     def advance(self, counts: list[int]) -> None:
         """Tokens of each memory row's text have gone out of sight."""
-        self.first = [first + count for first, count in zip(self.first, counts, strict=True)]
+        # Rows that share a memory are continuations of one text, and of one length.
+        self.first = [
+            first + count for first, count in zip(self.first, counts[:: len(counts) // self.rows], strict=True)
+        ]
 
     def call(self, given: dict[str, Any]) -> Any:
         """Calls the base model as it was planned, within the planning of another call."""
