@@ -23,7 +23,10 @@ def recollect(*arguments: str, code: int = 0, cwd: Path | None = None) -> subpro
     return answer
 
 
-@pytest.mark.parametrize("verb", ["backends", "train", "evaluate", "compare", "report", "trace"])
+VERBS = ["backends", "train", "evaluate", "memorize", "generate", "inspect", "compare", "ablate", "report", "trace"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_teaches_by_example(verb: str) -> None:
     text = recollect(verb, "--help").stdout
     assert "Examples" in text
