@@ -12,6 +12,7 @@ from recollect.reports.findings import Finding
 from recollect.reports.rows import shown
 
 FEW_SEEDS = 3
+REACH = "How far do these figures reach?"
 SAME_TIME = 0.05
 
 
@@ -25,7 +26,7 @@ def findings(analysis: AblationAnalysis) -> tuple[Finding, ...]:
         ("Does it train steadily?", _stability(analysis)),
         ("What does it cost?", _cost(analysis)),
         ("Does it agree with the paper?", _paper(analysis)),
-        ("How far do these figures reach?", _reach(analysis)),
+        (REACH, _reach(analysis)),
         ("Is anything missing?", _missing(analysis)),
     ]
     return tuple(Finding(question, answer) for question, answer in answers if answer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from recollect.reports.ablation_analysis import AblationAnalysis
-from recollect.reports.ablation_findings import findings, headline
+from recollect.reports.ablation_findings import REACH, findings, headline
 from recollect.reports.ablation_page import facts, grid_tables, method, notes, repeat, subtitle
 from recollect.reports.contents import Table
 from recollect.reports.drawing import Figure
@@ -60,16 +60,16 @@ def render_grids(analyses: Sequence[AblationAnalysis], folder: str, prose: Mappi
         parts.append(f"## {escape_markdown(grid)}: {code_markdown(analysis.ablation.question)} {{#{grid}}}\n")
         if grid in prose:
             parts.append(f"{prose[grid].strip()}\n")
+        parts.append(f"*{code_markdown(subtitle(analysis))}*\n")
         parts += [f"> {code_markdown(note)}\n" for note in notes(analysis)]
-        parts += [f"**{code_markdown(f.question)}** {code_markdown(f.answer)}\n" for f in findings(analysis)]
+        # How far figures reach is said once, above all grids; how many seeds there were is said here.
+        told = [f for f in findings(analysis) if f.question != REACH]
+        parts += [f"**{code_markdown(f.question)}** {code_markdown(f.answer)}\n" for f in told]
         parts += [_markdown(table) for name in ("quality", "paper", "probes") for table in tables[name]]
         for name in ("difference", "axis"):
             for path in sorted((analysis.ablation.folder / "figures").glob(f"*-{name}.svg")):
                 parts.append(f"![{_FIGURES[name]}: {escape_markdown(grid)}]({place}/figures/{path.name})\n")
-        parts.append(
-            f"{code_markdown(subtitle(analysis))} [All tables, method and machine]({place}/results.md), "
-            f"[as CSV]({place}/results.csv).\n"
-        )
+        parts.append(f"[All tables, method and machine]({place}/results.md), [as CSV]({place}/results.csv).\n")
     return "\n".join(parts) or "No grid has been published yet.\n"
 
 

@@ -169,12 +169,17 @@ def notes(analysis: AblationAnalysis) -> list[str]:
     run = sum(row.status != "missing" for row in ablation.rows.values())
     if not ablation.run.get("finished", True) or run < planned:
         found.append("This grid is not finished: what stands here is what was run so far.")
-    without = [row.name for row in analysis.measured if row.reference is not None and row.percent is None]
+    alone = [row for row in analysis.measured if row.reference is not None and row.percent is None]
+    waiting = [row for row in alone if row.reference and analysis.row(row.section, row.reference) is None]
+    if waiting:
+        references = ", ".join(f"`{name}`" for name in dict.fromkeys(str(row.reference) for row in waiting))
+        found.append(f"The reference ({references}) has no figures yet, so nothing can be compared with it.")
+    without = [row.name for row in alone if row not in waiting]
     if without:
         found.append(
             "No difference can be taken for "
             + ", ".join(f"`{name}`" for name in dict.fromkeys(without))
-            + ": they share no text or no seed with their reference, or the reference has no figures."
+            + ": they share no text or no seed with their reference."
         )
     jobs = ablation.run.get("jobs")
     if isinstance(jobs, int) and jobs > 1 and not analysis.timed_apart and analysis.measured:

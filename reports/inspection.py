@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from recollect.reports.files import write_bytes, write_text
-from recollect.reports.inspection_kinds import KindTable, head_rows, kind_table, verdict
+from recollect.reports.inspection_kinds import KindTable, head_rows, kind_table, verdict, verdict_on_repeats
 from recollect.reports.inspection_results import InspectionResults, load_inspection
 from recollect.reports.statistics import Interval
 
@@ -61,6 +61,7 @@ def _summary(results: InspectionResults, table: KindTable) -> dict[str, Any]:
         "perplexity_without": means["loss_without"],
         "perplexity_twin": means.get("loss_twin"),
         "verdict": verdict(table),
+        "verdict_on_repeats": verdict_on_repeats(table),
         "intervals": table.blocks.description,
         "kinds": [
             {
@@ -71,6 +72,7 @@ def _summary(results: InspectionResults, table: KindTable) -> dict[str, Any]:
                 "gain": _interval(row.gain),
                 "gain_over_twin": _interval(row.gain_over_twin),
                 "beyond_common_words": _interval(row.beyond_common),
+                "beyond_common_words_far": _interval(row.beyond_common_far),
                 "part_of_gain": row.part_of_gain,
                 "occurrences": {
                     name: {"tokens": count, "gain": _interval(part)} for name, count, part in row.occurrences

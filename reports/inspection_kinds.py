@@ -35,6 +35,7 @@ class KindRow:
 
     gain: over the same model without memory. gain_over_twin: over a model trained without; None where there is none.
     beyond_common: the mean gain (over the twin where there is one) minus that of common words.
+    beyond_common_far: the same among tokens whose word stood before, but only where memory reaches.
     part_of_gain: its part of the whole text's gain, by the same measure.
     occurrences: name, tokens and mean gain by where the word stood before.
     """
@@ -47,6 +48,7 @@ class KindRow:
     gain: Interval | None
     gain_over_twin: Interval | None
     beyond_common: Interval | None
+    beyond_common_far: Interval | None
     part_of_gain: float
     occurrences: tuple[tuple[str, int, Interval | None], ...]
 
@@ -73,12 +75,14 @@ def kind_table(results: InspectionResults) -> KindTable:
     main = gain if twin is None else twin
     whole = float(main.sum())
     common = results["kind"] == results.kinds.index(YARDSTICK)
+    far = results["occurrence"] == list(results.run["occurrences"]).index("far")
     rows = []
     for number, (kind, meaning) in enumerate(results.run["kinds"].items()):
         chosen = results["kind"] == number
         if not chosen.any():
             continue
         comparable = kind in CLAIMED and _enough(chosen) and _enough(common)
+        comparable_far = kind in CLAIMED and _enough(chosen & far) and _enough(common & far)
         rows.append(
             KindRow(
                 kind=kind,
@@ -89,6 +93,9 @@ def kind_table(results: InspectionResults) -> KindTable:
                 gain=_interval(gain, chosen, blocks),
                 gain_over_twin=None if twin is None else _interval(twin, chosen, blocks),
                 beyond_common=mean_interval(main, chosen, blocks, against=common) if comparable else None,
+                beyond_common_far=(
+                    mean_interval(main, chosen & far, blocks, against=common & far) if comparable_far else None
+                ),
                 part_of_gain=float(main[chosen].sum()) / whole if whole else 0.0,
                 occurrences=tuple(_occurrences(results, main, chosen, blocks)),
             )
@@ -136,6 +143,26 @@ def verdict(table: KindTable) -> str:
     if less:
         parts.append(f"{'less' if parts else 'Less'} than common words gain {_and(less)}")
     return "; ".join(parts) + ". Differences are in nats a token."
+
+
+def verdict_on_repeats(table: KindTable) -> str:
+    """The same among words that memory alone reaches; empty where there are too few."""
+    gains = {
+        row.kind: part for row in table.rows for name, _, part in row.occurrences if name == "far" and part is not None
+    }
+    told = [row for row in table.rows if row.beyond_common_far is not None]
+    if YARDSTICK not in gains or not told:
+        return ""
+    parts = []
+    for row in told:
+        difference = row.beyond_common_far
+        assert difference is not None
+        sure = "" if difference.low > 0 or difference.high < 0 else ", no difference measured"
+        parts.append(f"{plural(row.kind)} {signed(gains[row.kind].estimate)}{sure}")
+    return (
+        f"Among words that stood before, but only where memory reaches, common words gain "
+        f"{signed(gains[YARDSTICK].estimate)} nats a token, {_and(parts)}."
+    )
 
 
 def plural(kind: str) -> str:

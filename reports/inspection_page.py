@@ -23,6 +23,7 @@ from recollect.reports.inspection_kinds import (
     plural,
     signed,
     verdict,
+    verdict_on_repeats,
 )
 from recollect.reports.inspection_results import InspectionResults, Text
 from recollect.reports.page import TEMPLATES, code, json_for_html
@@ -52,6 +53,7 @@ def render_inspection(results: InspectionResults, table: KindTable) -> str:
         title=f"What the memory did: {run['corpus']['name']}",
         summary=_summary(results),
         verdict=verdict(table),
+        repeats=verdict_on_repeats(table),
         against_twin=table.against_twin,
         kinds=[_kind_line(row, table) for row in table.rows],
         scale=_scale(table),
