@@ -157,7 +157,7 @@ def verdict_on_repeats(table: KindTable) -> str:
     for row in told:
         difference = row.beyond_common_far
         assert difference is not None
-        sure = "" if difference.low > 0 or difference.high < 0 else ", no difference measured"
+        sure = "" if difference.low > 0 or difference.high < 0 else " (no difference measured)"
         parts.append(f"{plural(row.kind)} {signed(gains[row.kind].estimate)}{sure}")
     return (
         f"Among words that stood before, but only where memory reaches, common words gain "
