@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from recollect.reports.ablation_analysis import AblationAnalysis
 
 PAGE, INDEX, MARKDOWN, TABLE = "report.html", "index.html", "results.md", "results.csv"
+_NO_CONTENTS = b"---\nhide:\n  - toc\n---\n\n"  # of the documentation's theme: leaves wide tables their room
 _OURS = re.compile(r".+-(difference|axis|cost)")
 
 
@@ -123,6 +124,8 @@ def publish_ablation(folder: Path | str, target: Path | str) -> tuple[Path, ...]
                 content = path.read_bytes()
             except OSError as error:
                 raise ReportError(f"{path} cannot be read ({error.strerror}): write the grid's report first") from error
+            if path.suffix == ".md":
+                content = _NO_CONTENTS + content
             written.append(write_bytes(target / grid.name / path.relative_to(grid), content))
     prose = {path.stem: path.read_text(encoding="utf-8") for path in (target / "prose").glob("*.txt")}
     written.append(write_text(target / "summary.txt", render_summary(analyses)))

@@ -57,13 +57,17 @@ def render_grids(analyses: Sequence[AblationAnalysis], folder: str, prose: Mappi
     for analysis in sorted(analyses, key=_order):
         grid, place = analysis.ablation.grid, f"{folder}/{analysis.ablation.folder.name}"
         tables = grid_tables(analysis)
-        parts.append(f"## {escape_markdown(grid)}: {code_markdown(analysis.ablation.question)} {{#{grid}}}\n")
+        parts.append(f"## {escape_markdown(grid.replace('-', ' ').capitalize())} {{#{grid}}}\n")
+        parts.append(f"*{code_markdown(analysis.ablation.question)}*\n")
         if grid in prose:
             parts.append(f"{prose[grid].strip()}\n")
-        parts.append(f"*{code_markdown(subtitle(analysis))}*\n")
+        parts.append(f"{code_markdown(subtitle(analysis))}\n")
         parts += [f"> {code_markdown(note)}\n" for note in notes(analysis)]
         # How far figures reach is said once, above all grids; how many seeds there were is said here.
         told = [f for f in findings(analysis) if f.question != REACH]
+        if told and told[0].question == analysis.ablation.question:
+            parts.append(f"**Answer at this scale.** {code_markdown(told[0].answer)}\n")
+            told = told[1:]
         parts += [f"**{code_markdown(f.question)}** {code_markdown(f.answer)}\n" for f in told]
         parts += [_markdown(table) for name in ("quality", "paper", "probes") for table in tables[name]]
         for name in ("difference", "axis"):

@@ -322,10 +322,10 @@ def test_what_the_documentation_keeps(written: AblationReport, folder: Path, tmp
     assert not any(name.endswith((".html", ".npz", ".png")) for name in names)
     assert "[gate](#gate)" in (tmp_path / "ablations" / "summary.txt").read_text(encoding="utf-8")
     text = (tmp_path / "ablations" / "grids.txt").read_text(encoding="utf-8")
-    assert [line.split(":")[0] for line in text.splitlines() if line.startswith("## ")] == [
-        "## memory",
-        "## gate",
-        "## search-pairs",
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## Memory {#memory}",
+        "## Gate {#gate}",
+        "## Search pairs {#search-pairs}",
     ]
     assert "What a gate is." in text
     for address in re.findall(r"\]\((ablations/[^)]*)\)", text):
