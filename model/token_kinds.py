@@ -38,7 +38,9 @@ OCCURRENCES = ("first", "near", "far", "none")
 back, where memory alone reaches; 'none' for white space and punctuation."""
 
 RARE_PER_MILLION = 20.0
-RARE_PIECES = 3  # Without a background text, a word of so many tokens was rare in the tokenizer's own training text.
+# Without a background text, a word that the tokenizer cuts into more pieces than this share of the text's words, and
+# into at least so many, was rare in the tokenizer's own training text.
+RARE_SHARE, RARE_PIECES = 0.8, 3
 
 WORD = re.compile(r"[^\W\d_][\w]*(?:['’][^\W\d_]+)?|_+[^\W_]\w*")
 _NUMBER = re.compile(r"\b0[xXbBoO][\da-fA-F_]+\b|\b\d[\d_]*(?:[.,]\d+)*(?:[eE][+-]?\d+)?[jJlL]?\b")
@@ -110,7 +112,8 @@ def token_kinds(
         text: of the document.
         offsets: (N, 2) each token's first character and the one after its last.
         visible_from: (N,) for each token the first token that local attention sees when it is predicted.
-        background: decides which words are rare; without one, words that the tokenizer cuts into many pieces are.
+        background: decides which words are rare; without one, words that the tokenizer cuts into unusually many pieces
+            are.
 
     Returns:
         kinds (N,): places in `KINDS`; occurrences (N,): places in `OCCURRENCES`.
@@ -119,6 +122,8 @@ def token_kinds(
     starts = [span.start for span in spans]
     pieces = [_span_of(text, int(start), int(end), spans, starts) for start, end in offsets]
     lengths = Counter(place for place in pieces if place is not None)
+    counts = [count for place, count in lengths.items() if spans[place].kind == "word"]
+    many = max(RARE_PIECES, int(np.quantile(counts, RARE_SHARE)) + 1) if counts else RARE_PIECES
     names = list(KINDS)
     kinds = np.full(len(pieces), names.index("punctuation"), dtype=np.int8)
     occurrences = np.full(len(pieces), NONE, dtype=np.int8)
@@ -133,7 +138,7 @@ def token_kinds(
         span = spans[place]
         kind = span.kind
         if kind == "word":
-            rare = background.is_rare(span.word) if background is not None else lengths[place] >= RARE_PIECES
+            rare = background.is_rare(span.word) if background is not None else lengths[place] >= many
             kind = "rare word" if rare and len(span.word) > 2 else "common word"
         kinds[number] = names.index(kind)
         first_piece = number == 0 or pieces[number - 1] != place
