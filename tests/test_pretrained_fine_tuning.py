@@ -261,3 +261,32 @@ def test_what_would_go_wrong_is_told_before_training(tmp_path: Path) -> None:
     run = Trainer(model, arguments(tmp_path), train_dataset=other, callbacks=[MemoryCallback()])
     with pytest.raises(ConfigurationError, match="DocumentSegments"):
         run.train()
+
+
+def test_a_frozen_population_trains_the_gates_and_stays_as_it_was(tmp_path: Path) -> None:
+    from recollect.pretrained.population import collect_keys
+
+    model = tiny("llama")
+    keys = collect_keys(model, DOCUMENTS, layers=[1])
+    memory = attach_memory(model, layers=[1], memory_size=0, k=8, gate="head", store=keys)
+    choose_trainable(model, "gates")
+    before = weights(memory)
+    trainer(model, tmp_path, max_steps=4, save_strategy="steps", save_steps=2).train()
+    assert not torch.equal(weights(memory)["gates.1.bias"], before["gates.1.bias"])
+    source = memory._reading.layers[0].store
+    assert source is not None
+    everything = torch.arange(keys.tokens).expand(2, 1, -1)
+    assert torch.equal(source.backend.gather_keys(everything)[:, 0], keys.layer_keys(1))
+    assert memory.lengths.sum() == 0
+
+
+def test_row_memories_kept_frozen_are_neither_emptied_nor_extended(tmp_path: Path) -> None:
+    model = tiny("llama")
+    memory = attach_memory(model, layers=[1], memory_size=32, k=8, gate="head")
+    choose_trainable(model, "gates")
+    with torch.no_grad():
+        model(torch.tensor(DOCUMENTS))
+        memory.flush()
+    with memory.frozen():
+        trainer(model, tmp_path, max_steps=3, eval_strategy="steps", eval_steps=2).train()
+    assert memory.lengths.tolist() == [20] * ROWS
