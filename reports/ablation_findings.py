@@ -128,7 +128,7 @@ def _stability(analysis: AblationAnalysis) -> str:
     if apart:
         listed = ", ".join(f"`{r.name}`{_on(analysis, r)} ({_norms(r)})" for r in apart[:5])
         parts.append(f"Told apart from their reference by spikes or largest gradient norm: {listed}.")
-    elif any("spikes" in row.differences for row in told):
+    elif any("spikes" in row.differences and row.differences["spikes"].low is not None for row in told):
         parts.append("None is told apart from its reference by spikes or by its largest gradient norm.")
     return " ".join(parts)
 

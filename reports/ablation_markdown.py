@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from recollect.reports.ablation_analysis import AblationAnalysis
 from recollect.reports.ablation_findings import REACH, findings, headline
 from recollect.reports.ablation_page import facts, grid_tables, method, notes, repeat, subtitle
+from recollect.reports.ablation_rows import narrow_table
 from recollect.reports.contents import Table
 from recollect.reports.drawing import Figure
 from recollect.reports.page import code_markdown
@@ -21,7 +22,7 @@ ORDER = (
 
 def render_markdown(analysis: AblationAnalysis, figures: Sequence[Figure]) -> str:
     """The grid in Markdown; a documentation page can take its parts by name (`<!-- --8<-- [start:findings] -->`)."""
-    tables = grid_tables(analysis)
+    tables = _tables(analysis)
     told = findings(analysis)
     parts = [f"# {escape_markdown(analysis.ablation.question)}\n", f"{code_markdown(subtitle(analysis))}\n"]
     parts.append(_part("notes", [f"> {code_markdown(note)}\n" for note in notes(analysis)]))
@@ -56,7 +57,7 @@ def render_grids(analyses: Sequence[AblationAnalysis], folder: str, prose: Mappi
     parts = []
     for analysis in sorted(analyses, key=_order):
         grid, place = analysis.ablation.grid, f"{folder}/{analysis.ablation.folder.name}"
-        tables = grid_tables(analysis)
+        tables = _tables(analysis)
         parts.append(f"## {escape_markdown(grid.replace('-', ' ').capitalize())} {{#{grid}}}\n")
         parts.append(f"*{code_markdown(analysis.ablation.question)}*\n")
         if grid in prose:
@@ -75,6 +76,12 @@ def render_grids(analyses: Sequence[AblationAnalysis], folder: str, prose: Mappi
                 parts.append(f"![{_FIGURES[name]}: {escape_markdown(grid)}]({place}/figures/{path.name})\n")
         parts.append(f"[All tables, method and machine]({place}/results.md), [as CSV]({place}/results.csv).\n")
     return "\n".join(parts) or "No grid has been published yet.\n"
+
+
+def _tables(analysis: AblationAnalysis) -> dict[str, list[Table]]:
+    """Those of the page, the widest of them narrowed."""
+    sections = [section for section in analysis.ablation.sections if analysis.of(section)]
+    return grid_tables(analysis) | {"quality": [narrow_table(analysis, section) for section in sections]}
 
 
 _FIGURES = {

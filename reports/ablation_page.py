@@ -181,6 +181,8 @@ def notes(analysis: AblationAnalysis) -> list[str]:
             + ", ".join(f"`{name}`" for name in dict.fromkeys(without))
             + ": they share no text or no seed with their reference."
         )
+    if analysis.measured and max(row.ok for row in analysis.measured) == 1:
+        found.append("One seed was run: the intervals speak of the text alone, and another seed may turn a difference.")
     jobs = ablation.run.get("jobs")
     if isinstance(jobs, int) and jobs > 1 and not analysis.timed_apart and analysis.measured:
         found.append(f"Times were taken while {jobs} runs shared the machine: they are rough.")

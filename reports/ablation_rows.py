@@ -147,10 +147,46 @@ def quality_table(analysis: AblationAnalysis, section: str) -> Table:
     return Table("Perplexity and next-token accuracy" + _where(analysis, section), headings, tuple(lines))
 
 
-def _scaled_ends(value: SeedInterval | None) -> str:
+def narrow_table(analysis: AblationAnalysis, section: str) -> Table:
+    """The same in fewer columns, for the width of a documentation page."""
+    lines = []
+    for row in _rows(analysis, section):
+        change, points = "reference" if row.reference is None else "", ""
+        if row.percent is not None:
+            change = _with_ends(signed(row.percent.estimate, 1), ends(row.percent, 1))
+        if row.accuracy_difference is not None:
+            points = _with_ends(
+                signed(100 * row.accuracy_difference.estimate, 1), _scaled_ends(row.accuracy_difference, 1)
+            )
+        lines.append(
+            (
+                f"`{row.name}`: {row.variant.summary}" if row.variant.summary else f"`{row.name}`",
+                shown(row.perplexity.estimate if row.perplexity else None, 2),
+                change,
+                shown(100 * row.accuracy.estimate if row.accuracy else None, 1),
+                points,
+                f"{row.ok} of {row.seeds}" + (f", {row.diverged} diverged" if row.diverged else ""),
+            )
+        )
+    headings = (
+        Heading("Variant", prose=True),
+        Heading("Perplexity", "", True),
+        Heading("Difference", "%, 95 % interval", True),
+        Heading("Accuracy", "%", True),
+        Heading("Difference", "points, 95 % interval", True),
+        Heading("Seeds"),
+    )
+    return Table("Perplexity and next-token accuracy" + _where(analysis, section), headings, tuple(lines))
+
+
+def _with_ends(middle: str, between: str) -> str:
+    return f"{middle} ({between})" if between else middle
+
+
+def _scaled_ends(value: SeedInterval | None, digits: int = 2) -> str:
     if value is None or value.low is None or value.high is None:
         return ""
-    return f"{signed(100 * value.low, 2)} to {signed(100 * value.high, 2)}"
+    return f"{signed(100 * value.low, digits)} to {signed(100 * value.high, digits)}"
 
 
 def cost_table(analysis: AblationAnalysis, section: str) -> Table:
