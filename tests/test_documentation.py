@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -120,3 +121,19 @@ def test_the_example_backend_passes_the_conformance_suite(tmp_path: Path) -> Non
     answer = run("", tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_numpy_flat.py")
     assert answer.returncode == 0, answer.stdout
     assert " passed" in answer.stdout
+
+
+def test_the_gain_of_each_kind_of_token_is_as_it_was_measured() -> None:
+    page = (ROOT / "docs/token-kinds.md").read_text(encoding="utf-8")
+    measured = json.loads((ROOT / "docs/inspection/reference.json").read_text(encoding="utf-8"))
+
+    def shown(gain: dict[str, float]) -> str:
+        return f"{gain['estimate']:+.2f} ({gain['low']:+.2f} to {gain['high']:+.2f})".replace("-", "−")
+
+    for row in measured["kinds"]:
+        far = row["occurrences"].get("far")
+        behind = f"{far['tokens']:,} | {shown(far['gain'])}" if far else " | "
+        line = f"| {row['kind']} | {row['tokens']:,} | {shown(row['gain_over_twin'])} | {behind} |".replace("  ", " ")
+        assert line in page.replace("  ", " ")
+    for figure in (f"{measured['tokens']:,}", f"{measured['perplexity']:.2f}", f"{measured['perplexity_twin']:.2f}"):
+        assert figure in page
