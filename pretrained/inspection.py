@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from recollect._version import __version__
@@ -168,7 +169,7 @@ def describe_run(
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "recollect_version": __version__,
-        "machine": platform.platform(),
+        "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}",
         "model": dict(model),
         "memory": dict(memory),
         "store": None if options.store is None else str(options.store),
