@@ -166,10 +166,11 @@ def describe_run(
     options: InspectionOptions, model: Mapping[str, Any], memory: Mapping[str, Any], background_words: int
 ) -> dict[str, Any]:
     """What `run.json` says of an inspection, as plain JSON values."""
+    machine = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "recollect_version": __version__,
-        "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}",
+        "machine": machine,
         "model": dict(model),
         "memory": dict(memory),
         "store": None if options.store is None else str(options.store),
