@@ -29,6 +29,9 @@ PLAIN = ("sdpa", "eager")
 LOGITS_AT_ONCE = 1 << 24
 """Logits of local attention that are held at once: 64 MiB."""
 
+CAUSAL_QUERIES = 128
+"""Queries at a time under a causal mask: keys behind the last of them are left out, and what is left fits in cache."""
+
 
 def interface_name(plain: str) -> str:
     """The name under which attention with memory is registered, on top of the implementation `plain`."""
@@ -89,30 +92,37 @@ def attention_with_mass(
     """
     batch, heads, tokens, dim = query.shape
     key_heads, seen = key.shape[1], key.shape[2]
+    causal = mask is None and tokens > 1
     step = max(1, min(tokens, LOGITS_AT_ONCE // max(1, batch * heads * seen)))
+    if causal and query.device.type == "cpu":
+        step = min(step, CAUSAL_QUERIES)
     outputs, masses = [], []
     transposed = key.transpose(2, 3)
     for start in range(0, tokens, step):
         part = query[:, :, start : start + step]
         # With a causal mask the keys after the last query of this part are masked for all of it.
-        end = min(seen, start + part.shape[2]) if mask is None and tokens > 1 else seen
+        end = min(seen, start + part.shape[2]) if causal else seen
         folded = part.reshape(batch, key_heads, -1, dim) * scaling
         logits = torch.matmul(folded, transposed[..., :end]).view(batch, heads, -1, end)
-        if mask is None and tokens > 1:
-            later = torch.ones(part.shape[2], end, dtype=torch.bool, device=query.device).triu_(start + 1)
-            logits = logits.masked_fill(later, torch.finfo(logits.dtype).min)
+        if causal:
+            later = torch.ones(part.shape[2], part.shape[2], dtype=torch.bool, device=query.device).triu_(1)
+            least = torch.finfo(logits.dtype).min
+            if logits.requires_grad:
+                logits = torch.cat((logits[..., :start], logits[..., start:].masked_fill(later, least)), -1)
+            else:
+                logits[..., start:].masked_fill_(later, least)
         elif mask is not None:
             own = mask[:, :, start : start + step, :end]
             if own.dtype == torch.bool:
                 logits = logits.masked_fill(~own, torch.finfo(logits.dtype).min)
             else:
                 logits = logits + own
-        logits = logits.float()
-        mass = torch.logsumexp(logits, -1)
-        weights = torch.exp(logits - mass[..., None]).to(value.dtype)
+        weights = torch.softmax(logits, -1, dtype=torch.float32)
+        # The greatest logit and its weight tell the mass: w = exp(l - mass). No weight but this one is surely not 0.
+        masses.append(logits.amax(-1).float() - weights.amax(-1).log())
+        weights = weights.to(value.dtype)
         if dropout:
             weights = torch.nn.functional.dropout(weights, dropout)
         weights = weights.view(batch, key_heads, -1, end)
         outputs.append(torch.matmul(weights, value[:, :, :end]).view(batch, heads, -1, value.shape[-1]))
-        masses.append(mass)
     return torch.cat(outputs, 2), torch.cat(masses, 2)
