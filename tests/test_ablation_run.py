@@ -41,6 +41,12 @@ system = "knn-lm"
 options = { k = 4, datastore_size = 64 }
 
 [[variants]]
+name = "spalm"
+from = "none"
+system = "spalm"
+options = { k = 4, datastore_size = 64, training_tokens = 512, epochs = 1 }
+
+[[variants]]
 name = "training-free"
 from = "none"
 system = "training-free"
@@ -89,10 +95,22 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, AblateOpti
 def test_every_kind_of_variant_has_its_row(finished: tuple[Path, AblateOptions]) -> None:
     folder, _ = finished
     rows = rows_of(folder / "out" / "tiny")
-    assert list(rows) == ["none", "memory", "memory k 2", "tuned", "full", "knn", "training-free", "window", "wild"]
+    assert list(rows) == [
+        "none",
+        "memory",
+        "memory k 2",
+        "tuned",
+        "full",
+        "knn",
+        "spalm",
+        "training-free",
+        "window",
+        "wild",
+    ]
     assert {name: row["kind"] for name, row in rows.items() if row["kind"] != "train"} == {
         "tuned": "fine-tune",
         "knn": "knn-lm",
+        "spalm": "spalm",
         "training-free": "training-free",
     }
     wild = rows.pop("wild")
@@ -107,6 +125,7 @@ def test_every_kind_of_variant_has_its_row(finished: tuple[Path, AblateOptions])
     assert rows["memory k 2"]["evaluation"]["k"] == 2
     assert rows["none"]["costs"]["memory_bytes"] == 0 < rows["memory"]["costs"]["memory_bytes"]
     assert 0 <= rows["knn"]["system"]["interpolation"] < 1
+    assert 0 < rows["spalm"]["system"]["mean_gate"] <= 1
     assert rows["tuned"]["training"]["steps"] == 3
 
 
@@ -251,6 +270,6 @@ def test_steps_are_timed_beside_the_reference(finished: tuple[Path, AblateOption
         if name != "wild":
             assert row["costs"]["step_ms"] > 0, name
             assert 0.2 < row["costs"]["step_ratio"] < 20, name
-    # The reference's own ratio is noise about 1, and a variant that only evaluates otherwise costs what its parent does.
+    # The reference's own ratio is noise about 1, and a variant that differs at evaluation costs what its parent does.
     assert 0.5 < rows["none"]["costs"]["step_ratio"] < 2
     assert rows["memory"]["costs"]["step_ratio"] == rows["memory k 2"]["costs"]["step_ratio"]
