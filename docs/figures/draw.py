@@ -1,7 +1,8 @@
 """Draws the figures of the documentation: `python docs/figures/draw.py` writes them beside this file.
 
-They are put into the pages as they are (not as images), so that their text and colours follow the page's: light or
-dark, with the reader's own font. The colours stand in `docs/assets/site.css`.
+`docs/hooks.py` puts them into the pages as they are (not as images), so that their text and colours follow the page's:
+light or dark, with the reader's own font; those colours stand in `docs/assets/site.css`. Seen by themselves, as GitHub
+shows them, they have the colours below.
 """
 
 from __future__ import annotations
@@ -10,6 +11,42 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 FOLDER = Path(__file__).parent
+LIGHT = {
+    "text": "#24292f",
+    "soft": "#5c6670",
+    "plain": "#f3f4f5",
+    "near": "#d5e8ee",
+    "near-line": "#2f6b80",
+    "far": "#f6e3d3",
+    "far-line": "#b3541e",
+    "found": "#e08e55",
+}
+DARK = {
+    "text": "#e6edf3",
+    "soft": "#a9b4bd",
+    "plain": "#2b333a",
+    "near": "#1f4552",
+    "near-line": "#7fc4dc",
+    "far": "#4a3222",
+    "far-line": "#eb9a63",
+    "found": "#c4692f",
+}
+STYLE = """
+text { fill: TEXT; font-size: 14.5px; font-family: var(--md-text-font-family, system-ui), sans-serif; }
+text.soft { fill: SOFT; }
+rect { fill: PLAIN; stroke: SOFT; stroke-width: 1.2; }
+rect.near { fill: NEAR; stroke: NEAR-LINE; }
+rect.now { fill: NEAR-LINE; stroke: NEAR-LINE; }
+rect.far { fill: FAR; stroke: FAR-LINE; }
+rect.found { fill: FOUND; stroke: FAR-LINE; }
+rect.waiting { fill: NEAR; stroke: NEAR-LINE; stroke-dasharray: 3 2; }
+rect.gone { fill: none; stroke: SOFT; stroke-dasharray: 3 2; }
+rect.empty { fill: none; stroke: SOFT; opacity: 0.5; }
+path.line { fill: none; stroke: SOFT; stroke-width: 1.4; }
+path.far-line { fill: none; stroke: FAR-LINE; stroke-width: 1.4; }
+path.tip { fill: SOFT; }
+path.far-line-tip { fill: FAR-LINE; }
+"""
 WIDTH = 480  # Narrow, so that the text is still legible on a telephone.
 
 
@@ -96,6 +133,26 @@ class Figure:
         )
         self.words(x + width / 2, y + (-13 if above else 23), words, "middle")
 
+    @staticmethod
+    def style() -> str:
+        """The figure's own colours, which a page's variables override."""
+        rules = STYLE.strip()
+        for name in sorted(LIGHT, key=len, reverse=True):
+            rules = rules.replace(
+                name.upper(), f"var(--figure-{name}, var(--own-{name}))"
+            )
+        rules = "\n".join(f"svg.figure {rule}" for rule in rules.splitlines())
+        light, dark = (
+            "".join(
+                f" --own-{name}: {colour};" for name, colour in colours.items()
+            )
+            for colours in (LIGHT, DARK)
+        )
+        return (
+            f"<style>\nsvg.figure {{{light} }}\n"
+            f"@media (prefers-color-scheme: dark) {{ svg.figure {{{dark} }} }}\n{rules}\n</style>"
+        )
+
     def svg(self) -> str:
         markers = "".join(
             f'<marker id="{self.name}-{kind}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
@@ -105,7 +162,7 @@ class Figure:
         body = "\n".join(self.parts)
         return (
             f'<svg class="figure" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self.height}" role="img">\n'
-            f"<defs>{markers}</defs>\n{body}\n</svg>\n"
+            f"{self.style()}\n<defs>{markers}</defs>\n{body}\n</svg>\n"
         )
 
 
