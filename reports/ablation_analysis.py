@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recollect.reports.ablation_results import Ablation, Losses, SeedRow, Variant
-from recollect.reports.ablation_statistics import Sample, SeedInterval, TextDraws, contrast, over_seeds
+from recollect.reports.ablation_statistics import Sample, SeedInterval, SeedSpread, TextDraws, contrast, over_seeds
 
 LEAST_SHARED = 0.5
 """Two variants are compared on the tokens that both predicted, if these are at least this share of either's."""
@@ -254,7 +254,70 @@ class AblationAnalysis:
         if not samples:
             return None
         scaled = {name: weight * (100.0 if factor else 1.0) for name, weight in weights.items()}
-        return contrast(samples, scaled, relative_to=relative_to, seed=self.seed)
+        spread = self._spread(section, weights, relative_to, factor, of)
+        return contrast(samples, scaled, relative_to=relative_to, spread=spread, seed=self.seed)
+
+    def _spread(
+        self, section: str, weights: Mapping[str, float], relative_to: str | None, factor: bool, of: str
+    ) -> SeedSpread | None:
+        """For a difference of two variants: the spread between seeds, pooled over all that are compared like them.
+
+        Variants that share the reference's checkpoint vary far less with the seed than those trained apart: the two
+        kinds are pooled each by itself.
+        """
+        if sorted(weights.values()) != [-1.0, 1.0]:
+            return None
+        (one,) = (name for name, weight in weights.items() if weight > 0)
+        (other,) = (name for name, weight in weights.items() if weight < 0)
+        key = (section, other, self._shares_checkpoint(section, one, other), relative_to or "", factor, of)
+        if key not in self._spreads:
+            alike = [
+                variant.name
+                for variant in self.ablation.variants
+                if variant.reference == other
+                and variant.name != other
+                and self._shares_checkpoint(section, variant.name, other) == key[2]
+            ]
+            base = relative_to if relative_to == other else None
+            self._spreads[key] = SeedSpread.pooled(
+                [self._points(section, name, other, base, 100.0 if factor else 1.0, of) for name in {one, *alike}]
+            )
+        return self._spreads[key]
+
+    @cached_property
+    def _spreads(self) -> dict[tuple[str, str, bool, str, bool, str], SeedSpread | None]:
+        return {}
+
+    def _shares_checkpoint(self, section: str, one: str, other: str) -> bool:
+        """Whether every seed of both was evaluated from one training."""
+        pairs = [
+            (self.ablation.rows.get((section, one, seed)), self.ablation.rows.get((section, other, seed)))
+            for seed in self.ablation.seeds
+        ]
+        both = [(a, b) for a, b in pairs if a is not None and b is not None]
+        return bool(both) and all(
+            a.training.get("digest") is not None and a.training.get("digest") == b.training.get("digest")
+            for a, b in both
+        )
+
+    def _points(
+        self, section: str, one: str, other: str, relative_to: str | None, factor: float, of: str
+    ) -> list[float]:
+        """The difference of two variants for each seed that both have, each on all the text that it read."""
+        points = []
+        for seed in self.ablation.seeds:
+            rows = [self.ablation.rows.get((section, name, seed)) for name in (one, other)]
+            losses = [self._losses(row) if row is not None and row.ok else None for row in rows]
+            if losses[0] is None or losses[1] is None:
+                continue
+            a, b = (
+                math.exp(float(np.mean(found.loss, dtype=np.float64)))
+                if of == "loss"
+                else float(np.mean(found.correct))
+                for found in (losses[0], losses[1])
+            )
+            points.append(factor * (a - b) / (b if relative_to else 1.0))
+        return points
 
     def _sample(
         self, key: tuple[str, ...], losses: Losses, places: NDArray[np.int64] | None, draws: TextDraws, of: str

@@ -201,7 +201,8 @@ def method(analysis: AblationAnalysis) -> list[str]:
             f"Intervals: a hierarchical bootstrap of {RESAMPLES:,} replicates over seeds and text. Text: moving blocks "
             f"of {block} consecutive tokens within documents ({tokens:,} tokens of {documents} documents), since "
             "neighbouring losses depend on each other. Seeds: too few to be resampled, so their part is drawn from "
-            "Student's t with the spread of the seeds' own differences. A difference is paired by token and by seed: "
+            "Student's t, with the spread of the seeds' differences pooled over the variants that have the same "
+            "reference (those that share its checkpoint by themselves). A difference is paired by token and by seed: "
             "both variants' losses of a drawn token stand in the same replicate, and both were trained on the same "
             "tokens in the same order. The text part speaks of these documents, not of others."
         )

@@ -10,7 +10,9 @@ tokens: differences are paired by token and by seed.
 
 Seeds: three seeds cannot be resampled (the interval that this gives holds the truth about 3 times in 4), so their part
 is drawn from what Student's t says of the mean of n values: its spread is that of the seeds' own differences, divided
-by the root of n. One seed has no such part, and its interval speaks of the text alone.
+by the root of n. Where several variants are compared with one reference over few seeds, their spreads are pooled as in
+an analysis of variance (`SeedSpread`): two seeds of ten variants know more of the spread than two seeds of one. One
+seed has no such part, and its interval speaks of the text alone.
 """
 
 from __future__ import annotations
@@ -125,6 +127,24 @@ class SeedInterval:
 
 
 @dataclass(frozen=True)
+class SeedSpread:
+    """The standard deviation between seeds, and the degrees of freedom that it was estimated with."""
+
+    deviation: float
+    degrees: int
+
+    @classmethod
+    def pooled(cls, points: Sequence[Sequence[float]]) -> SeedSpread | None:
+        """From figures by seed of several variants, taken to spread alike; None where none has two seeds."""
+        known = [values for values in points if len(values) > 1]
+        degrees = sum(len(values) - 1 for values in known)
+        if not degrees:
+            return None
+        squares = sum(float(np.var(values, ddof=1)) * (len(values) - 1) for values in known)
+        return cls(math.sqrt(squares / degrees), degrees)
+
+
+@dataclass(frozen=True)
 class Sample:
     """A figure of one variant and seed: on the text as it is, and on each drawn text (R,)."""
 
@@ -147,6 +167,7 @@ def contrast(
     weights: Mapping[str, float],
     *,
     relative_to: str | None = None,
+    spread: SeedSpread | None = None,
     confidence: float = CONFIDENCE,
     seed: int = 0,
 ) -> SeedInterval:
@@ -155,6 +176,7 @@ def contrast(
     samples: for each seed, each variant's sample; all of them of the same draws, so that they are paired.
     weights: of the variants: {'a': 1, 'b': -1} is the difference a - b.
     relative_to: a variant by whose figure the sum is divided, in each replicate, for differences in per cent.
+    spread: between seeds, pooled over variants; None takes that of these seeds alone.
     """
     if not samples:
         raise ValueError("no seed to take an estimate from")
@@ -164,7 +186,7 @@ def contrast(
         points.append(sum(weight * by_variant[name].point for name, weight in weights.items()) / base.point)
         replicates.append(sum(weight * by_variant[name].drawn for name, weight in weights.items()) / base.drawn)
     text = np.asarray(np.mean(replicates, axis=0))
-    return _interval(points, text, text + seed_draws(points, seed=seed), confidence)
+    return _interval(points, text, text + seed_draws(points, spread, seed=seed), confidence)
 
 
 def over_seeds(values: Sequence[float], *, confidence: float = CONFIDENCE) -> SeedInterval:
@@ -178,18 +200,18 @@ def over_seeds(values: Sequence[float], *, confidence: float = CONFIDENCE) -> Se
     return SeedInterval(mean, mean - half, mean + half, None, None, tuple(float(v) for v in values))
 
 
-def seed_draws(points: Sequence[float], *, seed: int = 0) -> Array:
+def seed_draws(points: Sequence[float], spread: SeedSpread | None = None, *, seed: int = 0) -> Array:
     """(R,) draws of how far the mean of these seeds lies from the mean of all seeds; 0 for a single seed."""
-    count = len(points)
-    if count < 2:
+    spread = spread or SeedSpread.pooled([points])
+    if len(points) < 2 or spread is None:
         return np.zeros(RESAMPLES)
-    spread = float(np.std(points, ddof=1)) / math.sqrt(count)
+    scale = spread.deviation / math.sqrt(len(points))
     # Student's t from evenly spread quantiles in random order: the heavy tails of few seeds then have no luck in them.
     from scipy.stats import t
 
     levels = (np.arange(RESAMPLES) + 0.5) / RESAMPLES
     order = np.random.default_rng(seed + 1).permutation(RESAMPLES)
-    return np.asarray(spread * t.ppf(levels, count - 1)[order])
+    return np.asarray(scale * t.ppf(levels, spread.degrees)[order])
 
 
 def _interval(points: Sequence[float], text: Array, both: Array, confidence: float) -> SeedInterval:

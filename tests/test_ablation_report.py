@@ -84,7 +84,7 @@ def test_a_diverged_seed_is_counted_and_left_out_of_differences(folder: Path) ->
 
 def test_the_headline_counts_what_is_told_apart(folder: Path) -> None:
     text = headline(_analysis(folder / "gate"))
-    assert "of 4 variants 1 is clearly lower in perplexity, 1 clearly higher, 2 undecided" in text
+    assert "of 4 variants 1 is clearly lower in perplexity, 2 clearly higher, 1 undecided" in text
     assert "The lowest is `token`" in text
     assert "The highest is `fixed`" in text
 

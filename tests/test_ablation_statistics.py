@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from recollect.reports.ablation_statistics import Sample, TextDraws, contrast, over_seeds, seed_draws
+from recollect.reports.ablation_statistics import Sample, SeedSpread, TextDraws, contrast, over_seeds, seed_draws
 from recollect.reports.synthetic import autocorrelated
 
 
@@ -109,6 +109,25 @@ def test_estimates_are_means_of_perplexities() -> None:
     assert contrast(samples, {"a": 1.0}).estimate == pytest.approx((math.e + math.e**2) / 2)
     share = contrast([{"a": Sample.mean(np.arange(200) < 50, draws)}], {"a": 1.0})
     assert share.estimate == pytest.approx(0.25)
+
+
+def test_spread_pooled_over_variants_covers_with_two_seeds() -> None:
+    """Two seeds of eight variants: the pooled interval holds the truth as often as it says, and is far narrower."""
+    generator = np.random.default_rng(5)
+    hits, widths, alone = [], [], []
+    for _ in range(300):
+        truths = generator.normal(size=8)
+        points = truths[:, None] + 0.3 * generator.normal(size=(8, 2))
+        spread = SeedSpread.pooled(points.tolist())
+        assert spread is not None
+        assert spread.degrees == 8
+        low, high = np.quantile(seed_draws(list(points[0]), spread), [0.025, 0.975])
+        hits.append(low <= truths[0] - points[0].mean() <= high)
+        widths.append(high - low)
+        alone.append(np.subtract(*np.quantile(seed_draws(list(points[0])), [0.975, 0.025])))
+    assert 0.91 <= np.mean(hits) <= 0.985
+    assert np.median(widths) < 0.6 * np.median(alone)
+    assert SeedSpread.pooled([[1.0], [2.0]]) is None
 
 
 def test_student_over_seeds() -> None:
