@@ -14,6 +14,7 @@ from typing import Any
 import filelock
 import numpy as np
 import pytest
+import torch
 from ablation_grids import TINY, VARIANTS, write_corpus, write_grid
 from typer.testing import CliRunner
 
@@ -245,6 +246,17 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     steps = [json.loads(line)["step"] for line in logs[name].read_text().splitlines()]
     assert steps == list(range(1, 121))
     assert not (logs[name].parent / "training").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device that the test wants absent")
+def test_a_device_that_is_not_there_is_told_before_text_is_tokenized(tmp_path: Path) -> None:
+    corpus, output = write_corpus(tmp_path / "corpus"), tmp_path / "out"
+    options = AblateOptions(
+        grids=(write_grid(tmp_path),), corpora=(corpus,), output=output, device="cuda", progress=False
+    )
+    with pytest.raises(AblateError, match="device 'cuda' cannot be used here"):
+        ablate(options)
+    assert not (output / "tokenizers").exists()
 
 
 def test_the_command_shows_a_plan_and_refuses_nonsense(tmp_path: Path) -> None:

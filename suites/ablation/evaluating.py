@@ -164,19 +164,18 @@ def fill(model: MemorizingTransformer, replay: Replay, trunk: TrunkOutput, *, un
     begin = max(0, warm - -(-size // config.segment_length) - reach)
     was_training = model.training
     model.eval()
-    memories = replay.state.memories
-    for memory in memories:
-        memory.backend, memory.k, kept = _WriteOnly(memory.backend), 1, (memory.backend, memory.k)  # type: ignore[assignment]
-    number = config.first_upper_layer
-    with torch.inference_mode():
-        for segment in range(begin, warm if memories else begin):
-            starts = trunk.text.document_starts[segment].to(model.device)
-            for memory in memories:
+    # None where there is no memory; a model with several is refused before it comes to this.
+    memory = replay.state.memories[0] if replay.state.memories else None
+    if memory is not None:
+        kept = memory.backend, memory.k
+        memory.backend, memory.k = _WriteOnly(memory.backend), 1  # type: ignore[assignment]
+        with torch.inference_mode():
+            for segment in range(begin, warm):
+                starts = trunk.text.document_starts[segment].to(model.device)
                 memory.reset_rows(starts)
-            state = replay.state.layers[0].without(starts)
-            _, advanced = model.layers[number](trunk.hidden_of(segment).to(model.device), state, memories[0])
-            replay.state.layers[0] = advanced
-    for memory in memories:
+                state = replay.state.layers[0].without(starts)
+                hidden = trunk.hidden_of(segment).to(model.device)
+                _, replay.state.layers[0] = model.layers[config.first_upper_layer](hidden, state, memory)
         memory.backend, memory.k = kept
     model.train(was_training)
     replay.done = warm

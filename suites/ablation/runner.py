@@ -27,7 +27,7 @@ from .options import AblateError, AblateOptions, AblateResult
 from .plan import Planner, Resolved
 from .progress import Reporter, minutes
 from .results import row_of, write_rows, write_run
-from .schedule import Task, open_tasks, prepare_texts
+from .schedule import Task, check_devices, open_tasks, prepare_texts
 from .sections import Section, read_sections
 from .timing import timing_path
 
@@ -106,6 +106,8 @@ class _Ablation:
             raise AblateError(f"output {self.output} is a file: give a folder")
         self.output.mkdir(parents=True, exist_ok=True)
         with self._alone(), Reporter(self.options.progress) as self.reporter:
+            self.make_plan(measure=False)
+            check_devices(self.plan)
             self.make_plan(measure=True)
             prepare_texts(
                 self.plan, self.sections, self.corpora, self.output, self.options.cache_directory, self.reporter.note

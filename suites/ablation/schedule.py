@@ -10,6 +10,7 @@ from recollect.model.token_cache import tokenize
 from recollect.model.tokenizer import load_tokenizer
 
 from .jobs import EvaluationJob, Plan, TrainingJob, read_record
+from .options import AblateError
 from .sections import Section, evaluation_text, make_tokenizer
 
 Task = tuple[TrainingJob, list[EvaluationJob]]
@@ -46,6 +47,20 @@ def prepare_texts(
             if shape not in seen:
                 seen.add(shape)
                 evaluation_text(documents[job.settings.split], job.settings, job.config.segment_length, name)
+
+
+def check_devices(plan: Plan) -> None:
+    """Raises AblateError where a training is to run on a device that this machine lacks."""
+    import torch
+
+    for device in sorted({job.options.device for job in plan.trainings.values()}):
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise AblateError(
+                f"device {device!r} cannot be used here ({reason}); choose another with --device, or another --scale"
+            ) from error
 
 
 def open_tasks(plan: Plan, output: Path) -> list[Task]:
