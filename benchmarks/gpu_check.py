@@ -1,8 +1,8 @@
 """What a GPU should show, checked and timed in one go: `python benchmarks/gpu_check.py`.
 
-Checks first (the same answers as on the CPU, gradients among them), then ratios measured side by side: exact search
-against the bare matmul and against matmul with top-k, and a training step with memory against the step without. The
-results go to benchmarks/results/gpu_check-CARD.json with the date. `--device cpu --small` rehearses it anywhere.
+Checks first (the same answers as on the CPU, gradients among them, for every choice that a model has), then ratios
+measured side by side: exact search against the bare matmul and against matmul with top-k, a training step with memory
+against the step without, and memory attached to a pretrained model against the model alone. The results go to benchmarks/results/gpu_check-CARD.json with the date. `--device cpu --small` rehearses it anywhere.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as functional
+from attached_memory import measure as measure_attached
 
 from recollect.memory_backends import BackendUnavailable, UnsupportedOperation, list_backends, make_backend
 from recollect.memory_backends.atomic import write_json
 from recollect.model.configuration import ModelConfig
+from recollect.model.gates import GATES
 from recollect.model.transformer import MemorizingTransformer
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -73,10 +75,23 @@ def check_backends(device: torch.device) -> list[dict[str, Any]]:
     return rows
 
 
-def check_gradients(device: torch.device) -> dict[str, Any]:
+CHOICES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    **{gate: {"gate": gate} for gate in GATES if gate != "head"},
+    "cache": {"xl_cache": 16},
+    "window": {"xl_cache": 16, "attention_window": 12},
+    "compressive": {"xl_cache": 16, "compressed_memory": 8, "compression_rate": 4},
+    "hidden": {"memory_key": "hidden", "normalise_queries_and_keys": False},
+    "most_used": {"eviction": "most_used"},
+    "convolution": {"qk_convolution_width": 3, "token_shift": True, "matched_start": True},
+}
+
+
+def check_gradients(device: torch.device, choices: dict[str, Any]) -> dict[str, Any]:
     """Loss and gradients of a small model agree with the CPU's, memory included."""
-    config = ModelConfig.preset("tiny")
-    tokens = torch.randint(config.vocabulary_size, (2, 5 * config.segment_length))
+    config = ModelConfig.preset("tiny", **choices)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(config.vocabulary_size, (2, 7 * config.segment_length), generator=generator)
     losses, gradients = [], []
     for place in (torch.device("cpu"), device):
         torch.manual_seed(0)
@@ -179,6 +194,24 @@ def time_training_step(
     }
 
 
+def time_attached(device: torch.device, *, small: bool) -> list[dict[str, Any]]:
+    """Pretrained architectures with an attached memory against themselves without: reading, and greedy decoding."""
+    settings = argparse.Namespace(
+        device=device.type,
+        width=128 if small else 1024,
+        vocabulary=512 if small else 32000,
+        segment=64 if small else 512,
+        batch=1 if small else 8,
+        memory_size=256 if small else 8192,
+        k=32,
+        gate="joint",
+        backend="exact",
+        new_tokens=4 if small else 64,
+        rounds=1 if small else 5,
+    )
+    return [measure_attached(family, settings) for family in ("llama", "gpt2")]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
@@ -200,7 +233,7 @@ def main() -> int:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "backends": check_backends(device),
-        "gradients": check_gradients(device),
+        "gradients": {name: check_gradients(device, choices) for name, choices in CHOICES.items()},
         "search": [
             time_search(device, memories=m, keys=c, queries=q, dim=d, rounds=rounds)
             for m, c, q, d in ([(2, 4096, 64, 64)] if small else [(64, 65536, 512, 128), (8, 8192, 512, 128)])
@@ -208,13 +241,14 @@ def main() -> int:
         "training_step": time_training_step(
             device, "laptop" if small else "paper", [0, 512] if small else [0, 8192, 65536], 2 if small else 8, rounds
         ),
+        "attached_memory": time_attached(device, small=small),
     }
     print(json.dumps(results, indent=1))
     if str(arguments.output) != "-":
         slug = "".join(letter if letter.isalnum() else "-" for letter in card.lower()).strip("-")
         write_json(arguments.output or RESULTS / f"gpu_check-{slug}.json", results)
-    failed = [row for row in results["backends"] if row["status"] == "failed"]
-    return 1 if failed or results["gradients"]["status"] != "ok" else 0
+    checks = [*results["backends"], *results["gradients"].values()]
+    return 1 if any(row["status"] == "failed" for row in checks) else 0
 
 
 if __name__ == "__main__":

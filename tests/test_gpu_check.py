@@ -18,9 +18,12 @@ def test_the_rehearsal_checks_every_backend_and_times_what_it_should() -> None:
     answer = subprocess.run(command, capture_output=True, text=True, check=True)
     results = json.loads(answer.stdout)
     assert {row["status"] for row in results["backends"]} <= {"ok", "skipped"}
-    assert results["gradients"]["status"] == "ok"
+    assert {"plain", "joint", "hidden", "most_used", "compressive"} <= set(results["gradients"])
+    assert {row["status"] for row in results["gradients"].values()} == {"ok"}
     assert results["search"][0]["milliseconds"]["exact"] > 0
     assert set(results["training_step"]["ratio_to_no_memory"]) == {"0", "512"}
+    assert [row["family"] for row in results["attached_memory"]] == ["llama", "gpt2"]
+    assert all(row["evaluation_ratio"] > 0 and row["decoding_speed"] > 0 for row in results["attached_memory"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
