@@ -2,7 +2,8 @@
 
 Checks first (the same answers as on the CPU, gradients among them, for every choice that a model has), then ratios
 measured side by side: exact search against the bare matmul and against matmul with top-k, a training step with memory
-against the step without, and memory attached to a pretrained model against the model alone. The results go to benchmarks/results/gpu_check-CARD.json with the date. `--device cpu --small` rehearses it anywhere.
+against the step without, and memory attached to a pretrained model against the model alone. The results go to
+benchmarks/results/gpu_check-CARD.json with the date. `--device cpu --small` rehearses it anywhere.
 """
 
 from __future__ import annotations
