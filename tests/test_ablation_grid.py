@@ -14,6 +14,7 @@ from recollect.suites.ablation.grid import SHIPPED, load_grid, shipped_grids
 from recollect.suites.ablation.options import SCALES, AblateError, AblateOptions
 from recollect.suites.ablation.plan import Planner
 from recollect.suites.ablation.runner import plan_ablation
+from recollect.suites.ablation.schedule import open_tasks
 from recollect.suites.ablation.settings import model_config, training_identity, training_options
 
 
@@ -183,6 +184,27 @@ def test_nothing_is_planned_twice_and_seeds_come_first(tmp_path: Path) -> None:
     assert len(plan.trainings) == 2 * 2  # none and memory, for two seeds, for both grids together
     assert len(plan.evaluations) == 2 * 3
     assert not (tmp_path / "out").exists()
+
+
+def test_the_reference_is_trained_first_and_early_seeds_before_later_ones(tmp_path: Path) -> None:
+    more = """
+[[variants]]
+name = "dear reference"
+reference = "dear reference"
+training.steps = 80
+
+[[variants]]
+name = "compared with it"
+reference = "dear reference"
+training.steps = 4
+"""
+    path = write_grid(tmp_path, VARIANTS + more)
+    options = AblateOptions(grids=(path,), corpora=(write_corpus(tmp_path / "c"),), seeds=2, output=tmp_path / "out")
+    plan = plan_ablation(options)[2]
+    plan.rows.sort(key=lambda row: row.variant)  # whatever the order in which rows were planned
+    labels = [(job.options.seed, job.label) for job, _ in open_tasks(plan, tmp_path / "out")]
+    names = ["tiny/none", "tiny/dear reference", "tiny/compared with it", "tiny/memory"]
+    assert labels == [(seed, name) for seed in (0, 1) for name in names]
 
 
 def test_planning_loads_no_index_and_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

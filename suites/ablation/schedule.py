@@ -64,7 +64,10 @@ def check_devices(plan: Plan) -> None:
 
 
 def open_tasks(plan: Plan, output: Path) -> list[Task]:
-    """A task for each checkpoint that lacks something, in the order to start them: early seeds, then cheap ones."""
+    """A task for each checkpoint that lacks something, in the order to start them.
+
+    Early seeds come first, of a seed the references, without which nothing has a difference, and then what is cheap.
+    """
     rows = [row for row in plan.rows if not row.skip]
     evaluations = {digest for row in rows for digest in (row.evaluation, *row.probes.values())}
     wanted = {row.training for row in rows}
@@ -86,7 +89,13 @@ def open_tasks(plan: Plan, output: Path) -> list[Task]:
         ]
         if state == "open" or todo:
             tasks.append((job, todo))
-    return sorted(tasks, key=lambda task: (task[0].options.seed, _cost(plan, task), task[0].digest))
+    references = {row.training for row in rows if row.variant == row.reference}
+
+    def place(task: Task) -> tuple[int, bool, float, str]:
+        job = task[0]
+        return job.options.seed, job.digest not in references, _cost(plan, task), job.digest
+
+    return sorted(tasks, key=place)
 
 
 def _cost(plan: Plan, task: Task) -> float:
