@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cpuinfo import get_cpu_info
 
 from recollect import __version__
 from recollect.memory_backends.atomic import write_json
@@ -140,10 +140,9 @@ def main() -> None:
     for row in rows:
         print(json.dumps(row))
     if arguments.output:
-        machine = platform.processor() or platform.machine()
-        device = torch.cuda.get_device_name() if arguments.device == "cuda" else machine
+        machine = torch.cuda.get_device_name() if arguments.device == "cuda" else get_cpu_info().get("brand_raw", "CPU")
         settings = {name: value for name, value in vars(arguments).items() if name not in ("output", "families")}
-        content = {"recollect": __version__, "torch": torch.__version__, "device": device, **settings, "rows": rows}
+        content = {"recollect": __version__, "torch": torch.__version__, "machine": machine, **settings, "rows": rows}
         write_json(arguments.output, content)
 
 
