@@ -74,7 +74,7 @@ class TrainingOptions:
     cache_directory: Path | None = None
     """Where token streams are cached; None is the user's cache folder."""
     snapshots: tuple[int, ...] = ()
-    """Steps after which the weights are kept, in bfloat16, as a checkpoint of their own in `output`/snapshots/<step>."""
+    """Steps after which the weights are kept, stored like the finished ones, in `output`/snapshots/<step>."""
     progress: bool = True
     """Show a progress bar on standard error."""
 
@@ -96,7 +96,9 @@ class TrainingOptions:
         object.__setattr__(self, "snapshots", tuple(int(step) for step in self.snapshots))
         for step in self.snapshots:
             if not 1 <= step < self.steps:
-                raise ConfigurationError(f"snapshots={self.snapshots}: step {step} is not between 1 and {self.steps - 1}")
+                raise ConfigurationError(
+                    f"snapshots={self.snapshots}: step {step} is not between 1 and {self.steps - 1}"
+                )
         if self.checkpoint is not None and self.tokenizer is not None:
             raise ConfigurationError(f"tokenizer={self.tokenizer} cannot be given: the checkpoint brings its own")
         if self.memory_size is not None and self.memory_size < 0:
