@@ -21,22 +21,22 @@ from recollect.model.eviction import Usage
 
 
 class RetrievedLogits(torch.autograd.Function):
-    """Inner products of queries (N, D) with their retrieved keys (N, K, D).
+    """Inner products of queries (N, D) with their retrieved keys (N, K, D); `known` (N, K), where a search gave them.
 
     Gradients reach the queries, and the keys where they have one. Written out because plain autograd would lay out the
     transposed keys for the gradient, which costs more than all the rest.
     """
 
     @staticmethod
-    def forward(context: Any, queries: Tensor, keys: Tensor) -> Tensor:
+    def forward(context: Any, queries: Tensor, keys: Tensor, known: Tensor | None = None) -> Tensor:
         context.save_for_backward(keys, queries if keys.requires_grad else None)
-        return torch.bmm(keys, queries[:, :, None]).squeeze(2)
+        return known.clone() if known is not None else _inner_products(keys, queries)
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
         keys, queries = context.saved_tensors
         of_keys = None if queries is None else gradients[0][:, :, None] * queries[:, None, :]
-        return torch.bmm(gradients[0][:, None, :], keys).squeeze(1), of_keys
+        return torch.bmm(gradients[0][:, None, :], keys).squeeze(1), of_keys, None
 
 
 class WeightedValues(torch.autograd.Function):
@@ -51,7 +51,12 @@ class WeightedValues(torch.autograd.Function):
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
         values, weights = context.saved_tensors
         of_values = None if weights is None else weights[:, :, None] * gradients[0][:, None, :]
-        return torch.bmm(values, gradients[0][:, :, None]).squeeze(2), of_values
+        return _inner_products(values, gradients[0]), of_values
+
+
+def _inner_products(rows: Tensor, vectors: Tensor) -> Tensor:
+    """(N, K) of rows (N, K, D) with a vector (N, D) each; the vector goes left, which reads the rows faster."""
+    return torch.bmm(vectors[:, None, :], rows.transpose(1, 2)).squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -256,11 +261,13 @@ class LayerMemory(Memory):
     def _logits(self, queries: Tensor, scores: Tensor, slots: Tensor) -> Tensor:
         """(M, T, K) inner products of queries (M, T, D) with the keys at `slots` (M, T, K)."""
         wants_gradient = torch.is_grad_enabled() and queries.requires_grad
-        if self.backend.capabilities.exact and self.backend.metric == "inner_product" and not wants_gradient:
+        are_logits = self.backend.capabilities.exact and self.backend.metric == "inner_product"
+        if are_logits and not wants_gradient:
             return scores
         # Scores of quantised indexes are not the attention's logits, and no score carries a gradient.
         keys = self.backend.gather_keys(slots).to(queries.dtype)
-        return RetrievedLogits.apply(queries.flatten(0, 1), keys.flatten(0, 1)).view(slots.shape)
+        known = scores.masked_fill(slots < 0, 0.0).to(keys).flatten(0, 1) if are_logits else None
+        return RetrievedLogits.apply(queries.flatten(0, 1), keys.flatten(0, 1), known).view(slots.shape)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Adds the pairs (B, H, T, D), oldest first, as they are now: later training does not change them."""
