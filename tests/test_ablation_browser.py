@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_reports_browser import WIDTHS, browser
+from browsing import WIDTHS, Visit, browser, visited
 
 from recollect.reports import write_ablation_report
 from recollect.reports.ablation_synthetic import write_synthetic_ablations
@@ -23,44 +23,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=WIDTHS)
-def opened(request: pytest.FixtureRequest, browser: Any, folder: Path) -> Iterator[tuple[Any, list[str], list[str]]]:
-    """(page, complaints of the console, addresses asked for): over the grids first, then that of memory sizes."""
-    context = browser.new_context(viewport={"width": request.param, "height": 844}, offline=True)
-    page = context.new_page()
-    page.set_default_timeout(240_000)
-    complaints: list[str] = []
-    addresses: list[str] = []
-    page.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
-    page.on("pageerror", lambda e: complaints.append(str(e)))
-    page.on("request", lambda r: addresses.append(r.url))
-    page.goto((folder / "index.html").as_uri())
-    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    page.click("h2 a[href='memory/report.html']")
-    page.wait_for_selector("html[data-ready=yes]")
-    yield page, complaints, addresses
-    context.close()
+def opened(request: pytest.FixtureRequest, browser: Any, folder: Path) -> Iterator[Visit]:
+    """The page over the grids first, then that of memory sizes."""
+    with visited(browser, request.param) as visit:
+        visit.page.goto((folder / "index.html").as_uri())
+        assert visit.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        visit.page.click("h2 a[href='memory/report.html']")
+        visit.page.wait_for_selector("html[data-ready=yes]")
+        yield visit
 
 
-def test_no_complaints_and_no_loads(opened: tuple[Any, list[str], list[str]]) -> None:
-    _, complaints, addresses = opened
-    assert complaints == []
-    assert [a.rsplit("/", 1)[1] for a in addresses if a.startswith("file:")] == ["index.html", "report.html"]
-    assert [a for a in addresses if not a.startswith(("file:", "data:", "blob:"))] == []
+def test_no_complaints_and_no_loads(opened: Visit) -> None:
+    assert opened.complaints == []
+    assert opened.outside() == []
+    assert [a.rsplit("/", 1)[1] for a in opened.addresses if a.startswith("file:")] == ["index.html", "report.html"]
 
 
-def test_the_page_does_not_overflow(opened: tuple[Any, list[str], list[str]]) -> None:
-    page, *_ = opened
-    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    assert page.evaluate("Array.from(document.querySelectorAll('.plot')).every(b => b.scrollWidth <= b.clientWidth)")
-    beyond = (
-        "Array.from(document.querySelectorAll('main *')).filter(e => e.getBoundingClientRect().right > innerWidth + 1"
-        " && !e.closest('.box, pre')).map(e => e.outerHTML.slice(0, 80))"
-    )
-    assert page.evaluate(beyond) == []
+def test_the_page_does_not_overflow(opened: Visit) -> None:
+    opened.assert_it_fits()
 
 
-def test_every_figure_is_drawn_to_its_width(opened: tuple[Any, list[str], list[str]]) -> None:
-    page, *_ = opened
+def test_every_figure_is_drawn_to_its_width(opened: Visit) -> None:
+    page = opened.page
     sizes = page.evaluate(
         "Array.from(document.querySelectorAll('.plot')).map(b => { const s = b.querySelector('svg.marks')"
         ".getBoundingClientRect(); return [b.dataset.figure, b.dataset.drawn, b.clientWidth, s.width,"
@@ -73,8 +57,8 @@ def test_every_figure_is_drawn_to_its_width(opened: tuple[Any, list[str], list[s
         assert marks >= 8, name
 
 
-def test_the_table_sorts_and_filters(opened: tuple[Any, list[str], list[str]]) -> None:
-    page, *_ = opened
+def test_the_table_sorts_and_filters(opened: Visit) -> None:
+    page = opened.page
     shown = "Array.from(document.querySelectorAll('#whole tbody tr')).filter(r => !r.hidden)"
     assert page.evaluate(f"{shown}.length") == 10
     page.select_option("#filter-size", "books")

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_model, write_tiny_checkpoint, write_tiny_corpus
+from tiny_pretrained import WINDOW, write_tiny_llama, write_words
 
 from recollect.model.checkpoints import load_checkpoint, save_checkpoint
 from recollect.model.configuration import ConfigurationError
@@ -24,8 +26,6 @@ from recollect.reports.inspection import write_inspection
 from recollect.reports.inspection_kinds import kind_table, verdict, verdict_on_repeats
 from recollect.reports.inspection_results import load_inspection
 from recollect.reports.statistics import make_blocks, mean_interval
-from tests.tiny import tiny_model, write_tiny_checkpoint, write_tiny_corpus
-from tests.tiny_pretrained import WINDOW, write_tiny_llama, write_words
 
 SIZE, K = 24, 4
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import WIDTHS, Visit, browser, visited
+from tiny import write_tiny_checkpoint, write_tiny_corpus
 
 from recollect.pretrained.inspection import InspectionOptions, inspect
 from recollect.reports.inspection import write_inspection
-from tests.test_reports_browser import WIDTHS, browser
-from tests.tiny import write_tiny_checkpoint, write_tiny_corpus
 
 __all__ = ["browser"]  # the fixture
 
@@ -28,23 +28,15 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=WIDTHS)
-def opened(request: pytest.FixtureRequest, browser: Any, path: Path) -> Iterator[tuple[Any, list[str], list[str]]]:
-    context = browser.new_context(viewport={"width": request.param, "height": 844}, offline=True)
-    page = context.new_page()
-    page.set_default_timeout(60_000)
-    complaints: list[str] = []
-    addresses: list[str] = []
-    page.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
-    page.on("pageerror", lambda e: complaints.append(str(e)))
-    page.on("request", lambda r: addresses.append(r.url))
-    page.goto(path.as_uri())
-    page.wait_for_selector("html[data-ready=yes]")
-    yield page, complaints, addresses
-    context.close()
+def opened(request: pytest.FixtureRequest, browser: Any, path: Path) -> Iterator[Visit]:
+    with visited(browser, request.param) as visit:
+        visit.page.goto(path.as_uri())
+        visit.page.wait_for_selector("html[data-ready=yes]")
+        yield visit
 
 
-def test_it_loads_alone_and_fits(opened: tuple[Any, list[str], list[str]]) -> None:
-    page, complaints, addresses = opened
+def test_it_loads_alone_and_fits(opened: Visit) -> None:
+    page, complaints, addresses = opened.page, opened.complaints, opened.addresses
     assert complaints == []
     assert len(addresses) == 1
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
@@ -61,8 +53,8 @@ def test_it_loads_alone_and_fits(opened: tuple[Any, list[str], list[str]]) -> No
     assert page.evaluate(inside) == 0
 
 
-def test_the_text_is_the_document(opened: tuple[Any, list[str], list[str]], path: Path) -> None:
-    page, *_ = opened
+def test_the_text_is_the_document(opened: Visit, path: Path) -> None:
+    page = opened.page
     corpus = path.parent.parent / "corpus"
     for number in range(page.evaluate("document.getElementById('passage').options.length")):
         page.select_option("#passage", str(number))
@@ -75,8 +67,8 @@ def test_the_text_is_the_document(opened: tuple[Any, list[str], list[str]], path
         assert plain in whole.replace("\u00e9", "").replace("\U0001f600", "")
 
 
-def test_the_keyboard_goes_everywhere(opened: tuple[Any, list[str], list[str]]) -> None:
-    page, complaints, _ = opened
+def test_the_keyboard_goes_everywhere(opened: Visit) -> None:
+    page, complaints = opened.page, opened.complaints
     chosen = "Number(document.querySelector('.text-pane .chosen').dataset.place)"
     page.focus("#text")
     page.keyboard.press("End")
@@ -99,8 +91,8 @@ def test_the_keyboard_goes_everywhere(opened: tuple[Any, list[str], list[str]]) 
     assert complaints == []
 
 
-def test_a_token_tells_what_was_retrieved(opened: tuple[Any, list[str], list[str]]) -> None:
-    page, *_ = opened
+def test_a_token_tells_what_was_retrieved(opened: Visit) -> None:
+    page = opened.page
     page.select_option("#passage", "0")
     place = page.evaluate("document.querySelectorAll('.text-pane span').length") - 5
     page.evaluate(f"document.getElementById('token-{place}').click()")
@@ -114,8 +106,8 @@ def test_a_token_tells_what_was_retrieved(opened: tuple[Any, list[str], list[str
     assert page.evaluate("Number(document.querySelector('.text-pane .chosen').dataset.place)") < place
 
 
-def test_colours_and_the_strongest_tokens(opened: tuple[Any, list[str], list[str]]) -> None:
-    page, complaints, _ = opened
+def test_colours_and_the_strongest_tokens(opened: Visit) -> None:
+    page, complaints = opened.page, opened.complaints
     colours = "Array.from(document.querySelectorAll('.text-pane span')).map(s => s.style.backgroundColor).join()"
     seen = set()
     for option in page.evaluate("Array.from(document.getElementById('colour').options).map(o => o.value)"):

@@ -14,10 +14,10 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from tiny import write_tiny_checkpoint, write_tiny_corpus
+from tiny_pretrained import write_tiny_llama, write_words
 
 from recollect.pretrained.store import MemoryStore
-from tests.tiny import write_tiny_checkpoint, write_tiny_corpus
-from tests.tiny_pretrained import write_tiny_llama, write_words
 
 
 def call(*arguments: str, cwd: Path, code: int = 0, given: str = "") -> tuple[str, str]:

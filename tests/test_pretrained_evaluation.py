@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as functional
+from tiny_pretrained import WINDOW, tiny_tokenizer, write_tiny_llama, write_words
 
 from recollect.model.checkpoints import CheckpointError
 from recollect.model.configuration import ConfigurationError
@@ -19,7 +20,6 @@ from recollect.pretrained.generation import GenerationOptions, continue_text
 from recollect.pretrained.loading import is_pretrained_folder, load_pretrained
 from recollect.pretrained.memorizing import memorize
 from recollect.pretrained.store import StoreError
-from tests.tiny_pretrained import WINDOW, tiny_tokenizer, write_tiny_llama, write_words
 
 transformers = pytest.importorskip("transformers")
 

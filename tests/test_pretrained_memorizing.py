@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import write_tiny_checkpoint, write_tiny_corpus
+from tiny_pretrained import WINDOW, write_tiny_llama, write_words
 
 from recollect.model.checkpoints import load_checkpoint
 from recollect.model.configuration import ConfigurationError
@@ -15,8 +17,6 @@ from recollect.model.recording import record
 from recollect.model.trunk import compute_trunk
 from recollect.pretrained.memorizing import Memorized, memorize
 from recollect.pretrained.store import MemoryStore, StoreError
-from tests.tiny import write_tiny_checkpoint, write_tiny_corpus
-from tests.tiny_pretrained import WINDOW, write_tiny_llama, write_words
 
 
 @pytest.fixture(scope="module")

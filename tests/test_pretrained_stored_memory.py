@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import write_tiny_checkpoint, write_tiny_corpus
+from tiny_pretrained import write_words
 
 from recollect.memory_backends.registry import make_backend
 from recollect.model.checkpoints import Checkpoint, load_checkpoint
@@ -19,8 +21,6 @@ from recollect.pretrained.generation import GenerationOptions, continue_text
 from recollect.pretrained.memorizing import memorize
 from recollect.pretrained.store import MemoryStore, StoreError
 from recollect.pretrained.stored_memory import LayerMemoryOverStore, ReplayOverStore
-from tests.tiny import write_tiny_checkpoint, write_tiny_corpus
-from tests.tiny_pretrained import write_words
 
 ROWS, HEADS, TOKENS, DIM, CAPACITY, STORED = 2, 3, 5, 8, 12, 20
 

@@ -2,48 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import WIDTHS, Visit, browser, visited
 
 from recollect.reports import write_report
 from recollect.reports.synthetic import write_synthetic_results
 
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-WIDTHS = (1280, 390)
-
-
-def _missing(reason: str) -> None:
-    """A skip on a user's machine, a failure where everything is meant to be installed."""
-    if os.environ.get("CI", "").lower() == "true":
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    executable = next((path for name in names if (path := shutil.which(name))), None)
-    if executable is None:
-        _missing("no Chromium here; on Debian: apt-get install chromium")
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        _missing("no playwright here; pip install playwright")
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=executable, args=ARGUMENTS)
-        yield opened
-        opened.close()
+__all__ = ["browser"]  # the fixture
 
 
 @pytest.fixture(scope="module")
@@ -53,42 +22,26 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=WIDTHS)
-def opened(request: pytest.FixtureRequest, browser: Any, path: Path) -> Iterator[tuple[Any, list[str], list[str]]]:
-    """(page, complaints of the console, addresses asked for) once every figure is drawn."""
-    context = browser.new_context(viewport={"width": request.param, "height": 844}, offline=True)
-    page = context.new_page()
-    page.set_default_timeout(240_000)  # a machine that trains a model meanwhile takes its time
-    complaints: list[str] = []
-    addresses: list[str] = []
-    page.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
-    page.on("pageerror", lambda e: complaints.append(str(e)))
-    page.on("request", lambda r: addresses.append(r.url))
-    page.goto(path.as_uri())
-    page.wait_for_selector("html[data-ready=yes]")
-    yield page, complaints, addresses
-    context.close()
+def opened(request: pytest.FixtureRequest, browser: Any, path: Path) -> Iterator[Visit]:
+    """The page once every figure is drawn."""
+    with visited(browser, request.param) as visit:
+        visit.page.goto(path.as_uri())
+        visit.page.wait_for_selector("html[data-ready=yes]")
+        yield visit
 
 
-def test_no_complaints_and_no_loads(opened: tuple[Any, list[str], list[str]]) -> None:
-    _, complaints, addresses = opened
-    assert complaints == []
-    assert [a for a in addresses if not a.startswith(("file:", "data:", "blob:"))] == []
-    assert len([a for a in addresses if a.startswith("file:")]) == 1
+def test_no_complaints_and_no_loads(opened: Visit) -> None:
+    assert opened.complaints == []
+    assert opened.outside() == []
+    assert len([a for a in opened.addresses if a.startswith("file:")]) == 1
 
 
-def test_the_page_does_not_overflow(opened: tuple[Any, list[str], list[str]]) -> None:
-    page, *_ = opened
-    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    assert page.evaluate("Array.from(document.querySelectorAll('.plot')).every(b => b.scrollWidth <= b.clientWidth)")
-    beyond = (
-        "Array.from(document.querySelectorAll('main *')).filter(e => e.getBoundingClientRect().right > innerWidth + 1"
-        " && !e.closest('.box, pre')).map(e => e.outerHTML.slice(0, 80))"
-    )
-    assert page.evaluate(beyond) == []
+def test_the_page_does_not_overflow(opened: Visit) -> None:
+    opened.assert_it_fits()
 
 
-def test_every_figure_is_drawn_to_its_width(opened: tuple[Any, list[str], list[str]]) -> None:
-    page, *_ = opened
+def test_every_figure_is_drawn_to_its_width(opened: Visit) -> None:
+    page = opened.page
     sizes = page.evaluate(
         "Array.from(document.querySelectorAll('.plot')).map(b => { const s = b.querySelector('svg.marks')"
         ".getBoundingClientRect(); return [b.dataset.figure, b.dataset.drawn, b.clientWidth, s.width, s.height,"
@@ -102,8 +55,8 @@ def test_every_figure_is_drawn_to_its_width(opened: tuple[Any, list[str], list[s
         assert marks > 5, name
 
 
-def test_legends_act_on_every_figure(opened: tuple[Any, list[str], list[str]]) -> None:
-    page, *_ = opened
+def test_legends_act_on_every_figure(opened: Visit) -> None:
+    page = opened.page
     faded = (
         "Array.from(document.querySelectorAll('.mark-symbol path'))"
         ".filter(p => p.getAttribute('opacity') === '0.06').length"
@@ -122,8 +75,8 @@ def test_legends_act_on_every_figure(opened: tuple[Any, list[str], list[str]]) -
     assert page.evaluate(faded) == before
 
 
-def test_the_table_sorts_and_filters(opened: tuple[Any, list[str], list[str]]) -> None:
-    page, *_ = opened
+def test_the_table_sorts_and_filters(opened: Visit) -> None:
+    page = opened.page
     heading = page.locator("#whole th button", has_text="Search").first
     column = page.evaluate(
         "Array.from(document.querySelectorAll('#whole th')).findIndex(h => h.textContent.startsWith('Search'))"
@@ -147,7 +100,7 @@ def test_the_table_sorts_and_filters(opened: tuple[Any, list[str], list[str]]) -
     page.select_option("#filter-size", "")
 
 
-def test_markup_in_results_does_not_run(opened: tuple[Any, list[str], list[str]]) -> None:
-    page, *_ = opened
+def test_markup_in_results_does_not_run(opened: Visit) -> None:
+    page = opened.page
     assert page.evaluate("document.querySelectorAll('script').length") == 3
     assert "<script>alert" in page.inner_text("#missing + .box")

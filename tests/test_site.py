@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
+from browsing import browser, visited
 
 import recollect
+
+__all__ = ["browser"]  # the fixture
 
 pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install 'recollect[docs]'")
 
@@ -94,18 +97,9 @@ def test_figures_are_as_their_script_draws_them() -> None:
         assert (folder / f"{name}.svg").read_text(encoding="utf-8") == svg, "run python docs/figures/draw.py"
 
 
-def test_pages_opened_from_a_disk_search_and_fit_a_telephone(site: Path) -> None:
-    executable = next((path for name in ("chromium", "google-chrome") if (path := shutil.which(name))), None)
-    if executable is None:
-        pytest.skip("no Chromium here; on Debian: apt-get install chromium")
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright here; pip install playwright")
-    complaints: list[str] = []
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_context(viewport={"width": 390, "height": 844}, offline=True).new_page()
-        page.set_default_timeout(120_000)
-        page.on("requestfailed", lambda request: complaints.append(request.url))
-        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+def test_pages_opened_from_a_disk_search_and_fit_a_telephone(site: Path, browser: Any) -> None:
+    with visited(browser, 390) as visit:
+        page = visit.page
         for name in ("index", "concepts", "choosing", "api/model"):
             page.goto((site / f"{name}.html").as_uri())
             too_wide = page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth")
@@ -113,5 +107,5 @@ def test_pages_opened_from_a_disk_search_and_fit_a_telephone(site: Path) -> None
         page.click("label.md-header__button[for=__search]")
         page.locator(".md-search__input").press_sequentially("eviction")
         page.wait_for_selector(".md-search-result__item a")
-        browser.close()
-    assert not complaints
+    assert visit.outside() == []
+    assert visit.complaints == []
