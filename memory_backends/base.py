@@ -50,6 +50,7 @@ from recollect.memory_backends.errors import (
     BackendUnavailable,
     InvalidInput,
     MemoryBackendError,
+    NotFinite,
     UnsupportedOperation,
 )
 from recollect.memory_backends.key_ring import KeyRing
@@ -414,7 +415,7 @@ class MemoryBackend(ABC):
         # A sum is one cheap pass and is not finite if any element is not; only then look at every element.
         if prepared.numel() and not bool(torch.isfinite(prepared.sum())) and not bool(torch.isfinite(prepared).all()):
             bad = (~torch.isfinite(prepared)).nonzero()[0].tolist()
-            raise InvalidInput(f"{what} hold {float(prepared[tuple(bad)])} at index {bad}; every value must be finite")
+            raise NotFinite(f"{what} hold {float(prepared[tuple(bad)])} at index {bad}; every value must be finite")
         return prepared
 
 

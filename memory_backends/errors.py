@@ -29,3 +29,7 @@ class UnsupportedOperation(MemoryBackendError):
 
 class CorruptMemory(MemoryBackendError):
     """A saved memory is truncated, altered, or was not written by this library."""
+
+
+class NotFinite(InvalidInput):
+    """Keys or queries hold NaN or infinity."""
