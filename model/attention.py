@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from recollect.model.closed_form import normalise
 from recollect.model.compressive import make_compression
 from recollect.model.configuration import ModelConfig
 from recollect.model.gates import Scores, make_gate
@@ -152,11 +153,13 @@ class Attention(nn.Module):
         projected = functional.linear(hidden, weight)
         inner = heads * dim
         convolution = state.convolution
-        queries_and_keys, values = projected[..., : 2 * inner], projected[..., 2 * inner :]
+        # `split` and `unbind`: their gradients are one concatenation, those of slices a sum of tensors full of zeros.
+        queries_and_keys, values = projected.split((2 * inner, inner), dim=-1)
         if self.convolution is not None:
             queries_and_keys, convolution = self.convolution(queries_and_keys, convolution)
         queries_and_keys = queries_and_keys.view(batch, tokens, 2, heads, dim).permute(2, 0, 3, 1, 4)
         if self.config.normalise_queries_and_keys:
-            queries_and_keys = functional.normalize(queries_and_keys.float(), dim=-1)
+            queries_and_keys = normalise(queries_and_keys)
         values = values.view(batch, tokens, heads, dim).transpose(1, 2)
-        return queries_and_keys[0], queries_and_keys[1], values, convolution
+        queries, keys = queries_and_keys.unbind()
+        return queries, keys, values, convolution

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from recollect.memory_backends.base import MemoryBackend
 from recollect.memory_backends.registry import make_backend
 from recollect.model.attention import Attention, LayerState
+from recollect.model.closed_form import RootMeanSquareNorm, squared_relu
 from recollect.model.configuration import ConfigurationError, ModelConfig
 from recollect.model.hidden_keys import AnyMemory, make_layer_memory
 
@@ -80,12 +81,10 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         inner = self.inner(hidden)
-        if self.activation == "gelu":
-            inner = functional.gelu(inner)
+        if self.activation == "squared_relu":
+            inner = squared_relu(inner)
         else:
-            inner = functional.relu(inner)
-            if self.activation == "squared_relu":
-                inner = inner * inner
+            inner = functional.gelu(inner) if self.activation == "gelu" else functional.relu(inner)
         return self.outer(inner)
 
 
@@ -94,9 +93,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig, *, has_memory: bool) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.attention_norm = RootMeanSquareNorm(config.width, eps=1e-6)
         self.attention = Attention(config, has_memory=has_memory)
-        self.feed_forward_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.feed_forward_norm = RootMeanSquareNorm(config.width, eps=1e-6)
         self.feed_forward = FeedForward(config)
 
     def forward(self, hidden: Tensor, state: LayerState, memory: AnyMemory | None) -> tuple[Tensor, LayerState]:
@@ -133,7 +132,7 @@ class MemorizingTransformer(nn.Module):
         self.tokenizer = tokenizer
         self.embedding = nn.Embedding(config.vocabulary_size, config.width)
         self.layers = nn.ModuleList(Layer(config, has_memory=n in config.memory_layers) for n in range(config.layers))
-        self.final_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.final_norm = RootMeanSquareNorm(config.width, eps=1e-6)
         self._initialise()
 
     def _initialise(self) -> None:
