@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as functional
 
 from recollect.memory_backends.atomic import recover_folder
+from recollect.memory_backends.errors import NotFinite
 from recollect.model.allocation import keep_freed_memory
 from recollect.model.checkpoints import CONFIG, Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from recollect.model.compressive import take_compression_loss
@@ -219,17 +220,17 @@ def _step(options: TrainingOptions, run: _Run, log: Log) -> None:
     )
     run.optimizers.set_share(share)
     run.optimizers.zero_grad()
-    with _autocast(options):
-        loss, run.state = training_loss(run.model, run.state, segment)
+    try:
+        with _autocast(options):
+            loss, run.state = training_loss(run.model, run.state, segment)
+    except NotFinite as error:  # a memory is asked before there is a loss to look at
+        raise _diverged(options, run.step, str(error)) from error
     compression = take_compression_loss(run.model)
     (loss if compression is None else loss + options.model.compression_loss * compression).backward()
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), options.gradient_clip or math.inf)
     value = float(loss.detach())
     if not math.isfinite(value) or not bool(torch.isfinite(norm)):
-        raise TrainingDiverged(
-            f"step {run.step}: the loss is {value}, the gradient's norm {float(norm)}; lower the learning rates "
-            f"({options.matrix_learning_rate}, {options.other_learning_rate}) or lengthen the warm-up"
-        )
+        raise _diverged(options, run.step, f"the loss is {value}, the gradient's norm {float(norm)}")
     run.optimizers.step()
     run.step += 1
     run.losses.append(value)
@@ -241,6 +242,13 @@ def _step(options: TrainingOptions, run: _Run, log: Log) -> None:
             "learning_rate_share": share,
             "step_ms": 1e3 * (time.perf_counter() - began),
         }
+    )
+
+
+def _diverged(options: TrainingOptions, step: int, what: str) -> TrainingDiverged:
+    return TrainingDiverged(
+        f"step {step}: {what}; lower the learning rates "
+        f"({options.matrix_learning_rate}, {options.other_learning_rate}) or lengthen the warm-up"
     )
 
 
@@ -277,7 +285,8 @@ def _validate(options: TrainingOptions, model: MemorizingTransformer, text: Eval
 def _snapshot(options: TrainingOptions, run: _Run, tokenizer: Tokenizer) -> None:
     """Keeps the weights as they are now; an interrupted run that repeats the step writes the same again."""
     folder = options.output / SNAPSHOTS / str(run.step)
-    save_checkpoint(folder, run.model, tokenizer, metadata={"step": run.step, "of": options.steps}, dtype="bfloat16")
+    metadata = {"step": run.step, "of": options.steps}
+    save_checkpoint(folder, run.model, tokenizer, metadata=metadata, dtype=options.weights_dtype)
 
 
 def _save(options: TrainingOptions, run: _Run) -> None:
