@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from markupsafe import Markup
 
 from recollect.reports.ablation_analysis import AblationAnalysis
 from recollect.reports.ablation_findings import findings, headline
@@ -17,9 +14,8 @@ from recollect.reports.ablation_rows import cost_table, missing_table, probe_tab
 from recollect.reports.ablation_statistics import RESAMPLES
 from recollect.reports.contents import UNKNOWN, Heading, Table, text
 from recollect.reports.drawing import Figure
-from recollect.reports.page import TEMPLATES, bundle, code, json_for_html
+from recollect.reports.page import TEMPLATES, asset, bundle, code, embedded, json_for_html
 from recollect.reports.rows import shown
-from recollect.reports.style import marks, svg_path
 
 # Column of results.csv, heading and unit, and digits after the point (None: as it stands).
 WHOLE: tuple[tuple[str, str, str, int | None], ...] = (
@@ -86,7 +82,7 @@ def render_grid(analysis: AblationAnalysis, figures: Sequence[Figure], stills: M
         findings=findings(analysis),
         notes=notes(analysis),
         tables=grid_tables(analysis),
-        figures=[_figure(figure, stills) for figure in figures],
+        figures=[embedded(figure, stills) for figure in figures],
         whole=whole,
         sections=analysis.ablation.sections,
         statuses=sorted({row.status for row in analysis.rows}),
@@ -94,8 +90,8 @@ def render_grid(analysis: AblationAnalysis, figures: Sequence[Figure], stills: M
         facts=facts(analysis),
         repeat=repeat(analysis),
         version=text(analysis.ablation.run, "recollect_version"),
-        css=_css(),
-        script=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),
+        css=asset("report.css"),
+        script=asset("report.js"),
         bundle=bundle(),
         specifications=json_for_html({f.name: f.specification(standalone=False) for f in figures}),
     )
@@ -116,7 +112,7 @@ def render_index(analyses: Sequence[AblationAnalysis]) -> str:
         for analysis in analyses
     ]
     version = text(analyses[0].ablation.run, "recollect_version") if analyses else UNKNOWN
-    return _template("ablations.html.j2").render(grids=grids, css=_css(), version=version)
+    return _template("ablations.html.j2").render(grids=grids, css=asset("report.css"), version=version)
 
 
 def _template(name: str) -> Any:
@@ -127,27 +123,6 @@ def _template(name: str) -> Any:
     )
     environment.filters["code"] = code
     return environment.get_template(name)
-
-
-def _css() -> Markup:
-    return Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
-
-
-def _figure(figure: Figure, stills: Mapping[str, str]) -> dict[str, Any]:
-    still = base64.b64encode(stills[figure.name].encode()).decode()
-    legend = [
-        {"backend": name, "colour": mark.colour, "path": svg_path(mark)}
-        for name, mark in (marks(figure.backends) if figure.legend else {}).items()
-    ]
-    return {
-        "name": figure.name,
-        "title": figure.title,
-        "short": figure.short or figure.title,
-        "caption": figure.caption,
-        "alternative": figure.alternative,
-        "legend": legend,
-        "still": Markup(f"data:image/svg+xml;base64,{still}"),
-    }
 
 
 def subtitle(analysis: AblationAnalysis) -> str:

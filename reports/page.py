@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 
 from recollect.reports import contents
 from recollect.reports.analysis import Analysis
-from recollect.reports.contents import Heading, Table
+from recollect.reports.contents import Heading
 from recollect.reports.drawing import Figure
 from recollect.reports.findings import findings
 from recollect.reports.rows import SHOWN, escape_markdown, markdown_table, shown
@@ -67,12 +67,15 @@ def render_html(analysis: Analysis, figures: Sequence[Figure], stills: Mapping[s
     return template.render(
         **_text(analysis),
         tables=tables,
-        figures=[_figure(figure, stills, tables) for figure in figures],
+        figures=[
+            {**embedded(figure, stills), "crossovers": [n for n in tables if n == f"crossover:{figure.name}"]}
+            for figure in figures
+        ],
         whole=_whole(analysis),
         sizes=sorted({r.cell.memory_size for r in analysis.rows}),
         statuses=sorted({r.cell.status for r in analysis.rows}),
-        css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
-        script=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),
+        css=asset("report.css"),
+        script=asset("report.js"),
         bundle=bundle(),
         specifications=json_for_html({f.name: f.specification(standalone=False) for f in figures}),
     )
@@ -97,7 +100,13 @@ def _text(analysis: Analysis) -> dict[str, Any]:
     }
 
 
-def _figure(figure: Figure, stills: Mapping[str, str], tables: Mapping[str, Table]) -> dict[str, Any]:
+def asset(name: str) -> Markup:
+    """A style or script of `templates`, to stand inside a page."""
+    return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
+
+
+def embedded(figure: Figure, stills: Mapping[str, str]) -> dict[str, Any]:
+    """What a template needs of a figure; `stills` holds each figure's SVG by name."""
     still = base64.b64encode(stills[figure.name].encode()).decode()
     legend = [
         {"backend": name, "colour": mark.colour, "path": svg_path(mark)}
@@ -111,7 +120,6 @@ def _figure(figure: Figure, stills: Mapping[str, str], tables: Mapping[str, Tabl
         "alternative": figure.alternative,
         "legend": legend,
         "still": Markup(f"data:image/svg+xml;base64,{still}"),
-        "crossovers": [name for name in tables if name == f"crossover:{figure.name}"],
     }
 
 
