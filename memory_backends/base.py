@@ -112,6 +112,11 @@ class MemoryBackend(ABC):
     """Names of the options that `set_search_options` may change."""
     sweep: ClassVar[tuple[str, ...]] = ()
     """Specs that the benchmarks run; empty means the name alone."""
+    curve: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Search options by name with values from coarse to thorough, which trace the curve of recall against time; of
+    several options every combination. Empty where there is nothing to trace."""
+    builds: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Likewise the options fixed at building that tuning may try."""
     recall_floor: ClassVar[float] = 0.9
     """Recall against `exact` that every spec of `sweep` must reach in the conformance suite."""
 

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from recollect.memory_backends.base import Capabilities, MemoryBackend
-from recollect.memory_backends.block_topk import search_by_score, select_top
+from recollect.memory_backends.block_topk import select_top
 from recollect.memory_backends.errors import InvalidInput, InvalidSpec
+from recollect.memory_backends.ring_search import search_ring
 
 LANES = 128
 """Width of a TPU's vector: L is a multiple of it, and so few keys are searched exactly."""
@@ -117,6 +118,7 @@ class ApproxTopK(MemoryBackend):
     capabilities: ClassVar[Capabilities] = Capabilities(devices=("cpu", "cuda", "mps"))
     search_options = ("recall_target", "buckets")
     sweep = ("approx-topk", "approx-topk:recall_target=0.8")
+    curve: ClassVar = {"recall_target": (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)}
     recall_floor = 0.75
 
     def _add(self, keys: Tensor, slots: Tensor, memories: Tensor) -> None:
@@ -129,16 +131,8 @@ class ApproxTopK(MemoryBackend):
                 f"k is {k}, but 'approx-topk' has buckets={self.options.buckets} and finds one neighbour in each: "
                 "give at least k buckets"
             )
-        metric = "l2" if self.metric == "l2" else "inner_product"
-        return search_by_score(
-            queries,
-            self.ring.keys,
-            lengths,
-            k,
-            memories=memories.tolist(),
-            metric=metric,
-            select=partial(_select, options=self.options),
-        )
+        select = partial(_select, options=self.options)
+        return search_ring(self.ring, queries, k, memories, lengths, self.metric, select=select)
 
     def _reset(self, memories: Tensor) -> None:
         """Nothing: the ring is the index."""

@@ -41,6 +41,8 @@ class FaissHnsw(SegmentedBackend):
     requires = (FAISS,)
     search_options = ("ef_search",)
     sweep = ("faiss-hnsw:M=4,ef_construction=32,ef_search=32", "faiss-hnsw", "faiss-hnsw:ef_search=128")
+    curve: ClassVar = {"ef_search": (16, 32, 64, 128, 256, 512)}
+    builds: ClassVar = {"M": (8, 16, 32), "ef_construction": (50, 100, 200)}
     recall_floor = 0.6
 
     def __init__(self, options: Any = None, **arguments: Any) -> None:

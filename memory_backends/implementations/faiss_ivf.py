@@ -16,6 +16,8 @@ class FaissIvf(FaissIvfBackend):
     Options: ClassVar[type] = IvfOptions
     capabilities: ClassVar[Capabilities] = Capabilities(needs_training=True)
     sweep = ("faiss-ivf:nprobe=4", "faiss-ivf", "faiss-ivf:nprobe=48")
+    curve: ClassVar = {"nprobe": (1, 2, 4, 8, 16, 32, 64)}
+    builds: ClassVar = {"nlist": (0, 64, 128, 256, 512)}
     recall_floor = 0.25
 
     def _empty_index(self, quantizer: Any, nlist: int, seed: int) -> Any:

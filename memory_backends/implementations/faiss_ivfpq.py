@@ -54,6 +54,8 @@ class FaissIvfpq(FaissIvfBackend):
     search_options = ("nprobe", "k_factor")
     exact_scores = False
     sweep = ("faiss-ivfpq:k_factor=1,nprobe=4", "faiss-ivfpq", "faiss-ivfpq:k_factor=8,nprobe=48")
+    curve: ClassVar = {"nprobe": (2, 4, 8, 16, 32, 64), "k_factor": (1, 2, 4, 8)}
+    builds: ClassVar = {"nlist": (0, 128, 256), "m": (0, 8, 32)}
     recall_floor = 0.25
 
     def __init__(self, options: Any = None, **arguments: Any) -> None:

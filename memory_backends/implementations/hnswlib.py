@@ -44,6 +44,8 @@ class Hnswlib(SegmentedBackend):
     requires = (Requirement("hnswlib", "hnswlib>=0.8"),)
     search_options = ("ef_search",)
     sweep = ("hnswlib:M=4,ef_construction=32,ef_search=32", "hnswlib", "hnswlib:ef_search=128")
+    curve: ClassVar = {"ef_search": (16, 32, 64, 128, 256, 512)}
+    builds: ClassVar = {"M": (8, 16, 32), "ef_construction": (50, 100, 200)}
     recall_floor = 0.6
 
     def __init__(self, options: Any = None, **arguments: Any) -> None:

@@ -64,6 +64,8 @@ class Pynndescent(SegmentedBackend):
     exact_scores = False  # distances of transformed keys; see `_is_exact`
     parallel = False  # numba holds the interpreter lock
     sweep = ("pynndescent:epsilon=0.0", "pynndescent", "pynndescent:epsilon=0.3")
+    curve: ClassVar = {"epsilon": (0.0, 0.05, 0.1, 0.2, 0.3, 0.45)}
+    builds: ClassVar = {"n_neighbors": (16, 32)}
     recall_floor = 0.25
 
     def __init__(self, options: Any = None, **arguments: Any) -> None:

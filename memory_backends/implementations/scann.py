@@ -64,6 +64,11 @@ class Scann(TrainedBackend):
         "scann",
         "scann:num_leaves_to_search=48,reordering_num_neighbors=256",
     )
+    curve: ClassVar = {
+        "num_leaves_to_search": (1, 2, 4, 8, 16, 32, 64),
+        "reordering_num_neighbors": (64, 128, 256),
+    }
+    builds: ClassVar = {"num_leaves": (0, 64, 128, 256), "dimensions_per_block": (2, 4)}
     recall_floor = 0.3
 
     def __init__(self, options: Any = None, **arguments: Any) -> None:
