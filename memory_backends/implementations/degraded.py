@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from recollect.memory_backends.base import Capabilities, MemoryBackend
-from recollect.memory_backends.block_topk import search_by_score
 from recollect.memory_backends.errors import InvalidSpec
+from recollect.memory_backends.ring_search import search_ring
 
 # Multipliers of SplitMix64 (Steele, Lea and Flood 2014), as signed numbers since torch has no shift on unsigned ones.
 _GAMMA, _MIX_1, _MIX_2 = (number - (1 << 64) for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -91,13 +91,10 @@ class Degraded(MemoryBackend):
     def _search(self, queries: Tensor, k: int, memories: Tensor) -> tuple[Tensor, Tensor]:
         lengths = self.ring.lengths[memories]
         longest = int(lengths.max())
-        metric = "l2" if self.metric == "l2" else "inner_product"
         fetch = k if not self.options.fill else self._fetch(k)
         while True:
             fetch = min(fetch, longest)
-            scores, slots = search_by_score(
-                queries, self.ring.keys, lengths.tolist(), fetch, memories=memories.tolist(), metric=metric
-            )
+            scores, slots = search_ring(self.ring, queries, fetch, memories, lengths, self.metric)
             gone = hidden(queries, slots, memories, rate=self.options.drop, seed=self.seed) | (slots < 0)
             enough = torch.minimum((~gone).sum(-1), torch.tensor(k)).eq(k) | (lengths.to(gone.device) <= fetch)[:, None]
             if not self.options.fill or bool(enough.all()):

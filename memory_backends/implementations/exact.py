@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from recollect.memory_backends.base import Capabilities, MemoryBackend
-from recollect.memory_backends.block_topk import search_by_score
+from recollect.memory_backends.ring_search import search_ring
 
 
 class Exact(MemoryBackend):
@@ -22,9 +22,7 @@ class Exact(MemoryBackend):
         """Nothing: the ring is the index."""
 
     def _search(self, queries: Tensor, k: int, memories: Tensor) -> tuple[Tensor, Tensor]:
-        lengths = self.ring.lengths[memories].tolist()
-        metric = "l2" if self.metric == "l2" else "inner_product"
-        return search_by_score(queries, self.ring.keys, lengths, k, memories=memories.tolist(), metric=metric)
+        return search_ring(self.ring, queries, k, memories, self.ring.lengths[memories], self.metric)
 
     def _reset(self, memories: Tensor) -> None:
         """Nothing: the ring is the index."""
