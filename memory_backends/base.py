@@ -25,35 +25,51 @@ What every backend promises, and `recollect.memory_backends.testing` holds:
 * **The caller's tensors are left alone.** They are detached, cast and copied where needed, never changed, never kept.
   No gradient flows through a backend: attention recomputes its logits from `gather_keys`.
 * **Same seed, same calls, same answer**, where `Capabilities.deterministic` says so.
+* **Any number of threads.** Searches and gathers run side by side. What changes a memory (`add`, `reset`,
+  `set_search_options`) or writes it (`save`) waits until they are done and runs alone, and neither side starves. So an
+  answer is always that of one state, as it was between two changes. A caller who needs several calls to see the same
+  state (a search, then `gather_keys` of what it found) makes them within `with memory.unchanged():`. A library that
+  cannot search from several threads has a lock of its own in its backend's file.
+* **An append takes place or it does not.** One that fails half way (out of memory, Ctrl-C) leaves the keys, the slots
+  and the answers as they were.
+* **Closed is closed.** `wait()` returns when no work is left in the background, `close()` ends it and gives back what
+  the memory holds; every later call raises `ClosedMemory`. `with make_backend(...) as memory:` closes it at the end.
 
 A new backend is one file in `implementations/` with one subclass that fills in `_add`, `_search` and `_reset`. The
 public methods here validate and cast for it. The raw keys stand in `self.ring`, already up to date when a hook runs;
-for the metric `cosine` the ring and the hooks see unit vectors and the metric `inner_product`.
+for the metric `cosine` the ring and the hooks see unit vectors and the metric `inner_product`. Several threads may be
+in `_search` at once and never in any other hook: what it changes (a cache, a workspace of the library) it must guard
+itself. Work in the background never takes this class's lock: its results are taken in by a later call of a hook.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import ModuleType
-from typing import Any, ClassVar, ParamSpec, TypeVar
+from types import ModuleType, TracebackType
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from recollect.memory_backends.arguments import check_device, check_memories, check_vectors
+from recollect.memory_backends.calls import closed_error, plain_tensors, reads, writes
 from recollect.memory_backends.errors import (
     BackendUnavailable,
+    ClosedMemory,
     InvalidInput,
     MemoryBackendError,
-    NotFinite,
     UnsupportedOperation,
+    UnusableMemory,
 )
 from recollect.memory_backends.key_ring import KeyRing
+from recollect.memory_backends.locking import ReadersWriterLock
+from recollect.memory_backends.out_of_memory import as_out_of_memory, ran_out
 from recollect.memory_backends.records import (
     METRICS,
     Capabilities,
@@ -64,24 +80,7 @@ from recollect.memory_backends.records import (
     SearchResult,
 )
 from recollect.memory_backends.spec import format_spec, make_options, options_given
-
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
-
-
-def _plain_tensors(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Runs a public method outside inference mode and without gradients, whatever mode the caller is in.
-
-    A memory outlives the caller's mode: what is written under `torch.inference_mode()` could not be changed outside
-    it, nor by a worker thread, since the mode is a thread's own.
-    """
-
-    @functools.wraps(method)
-    def wrapped(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
-        with torch.inference_mode(False), torch.no_grad():
-            return method(*arguments, **named)
-
-    return wrapped
+from recollect.memory_backends.undo import Undo
 
 
 class MemoryBackend(ABC):
@@ -100,6 +99,7 @@ class MemoryBackend(ABC):
     Raises:
         BackendUnavailable: the library is not installed.
         InvalidInput: a number is out of range.
+        OutOfMemory: the keys do not fit.
         UnsupportedOperation: the backend can't do this metric or device.
     """
 
@@ -117,10 +117,13 @@ class MemoryBackend(ABC):
     several options every combination. Empty where there is nothing to trace."""
     builds: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """Likewise the options fixed at building that tuning may try."""
+    index_may_fail: ClassVar[bool] = True
+    """Whether `_add` can raise. False where it does nothing that could, since the ring is the index: then an append
+    need not keep the keys that it overwrites until it has succeeded."""
     recall_floor: ClassVar[float] = 0.9
     """Recall against `exact` that every spec of `sweep` must reach in the conformance suite."""
 
-    @_plain_tensors
+    @plain_tensors
     def __init__(
         self,
         options: Any = None,
@@ -143,18 +146,28 @@ class MemoryBackend(ABC):
         if metric not in self.capabilities.metrics:
             can = ", ".join(self.capabilities.metrics)
             raise UnsupportedOperation(f"{self.name!r} does not search by metric {metric!r}; it can search by {can}")
+        self._lock = ReadersWriterLock()
+        self._refusal: MemoryBackendError | None = None
+        """What every call raises, once the memory is closed or cannot be used."""
         self.options = options
         self.num_memories = num_memories
         self.capacity = capacity
         self.dim = dim
         self.metric = metric
-        self.device = self._check_device(device)
+        self.device = check_device(device, self.name, self.capabilities.devices)
         self.seed = seed
         self.build_seconds = 0.0
-        self.ring = KeyRing(num_memories, capacity, dim, device=self.device)
+        self.stalled_seconds = 0.0
         self._norms: Tensor | None = None
-        if metric == "cosine":
-            self._norms = torch.zeros(num_memories, capacity, device=self.device)
+        doing = f"to hold the keys of a {self.spec!r} memory (num_memories={num_memories}, {capacity=}, {dim=})"
+        try:
+            self.ring = KeyRing(num_memories, capacity, dim, device=self.device)
+            if metric == "cosine":
+                self._norms = torch.zeros(num_memories, capacity, device=self.device)
+        except (MemoryError, RuntimeError) as error:
+            if ran_out(error):
+                raise as_out_of_memory(error, doing) from error
+            raise
 
     # What a backend fills in ------------------------------------------------------------------------------------------
 
@@ -192,12 +205,35 @@ class MemoryBackend(ABC):
         """Bytes of the index beside the raw keys in `self.ring`."""
         return 0
 
+    def _pending_builds(self) -> int:
+        """How many indexes are being built in the background."""
+        return 0
+
+    def _wait(self) -> None:
+        """Returns when no work is left in the background."""
+
+    def _close(self) -> None:
+        """Ends the work in the background and gives back files and threads; called once."""
+
+    def _recover(self, memories: Tensor) -> None:
+        """Brings the index in line with `self.ring` after `_add` to `memories` failed half way; by default anew."""
+        totals = self.ring.totals.clone()
+        self.ring.totals[memories] = 0
+        try:
+            self._reset(memories)
+        finally:
+            self.ring.totals.copy_(totals)
+        self._index_anew(memories)
+
     def _save(self, directory: Path) -> None:
         """Writes the index's own files into an empty folder; nothing by default, since `_restore` rebuilds."""
 
     def _restore(self, directory: Path) -> None:
         """Brings the index back after `self.ring` was read from a saved memory; by default from the raw keys."""
-        for memory in range(self.num_memories):
+        self._index_anew(torch.arange(self.num_memories))
+
+    def _index_anew(self, memories: Tensor) -> None:
+        for memory in memories.tolist():
             keys = self.ring.in_order(memory)
             if len(keys):
                 first = self.ring.first_number(memory)
@@ -214,9 +250,10 @@ class MemoryBackend(ABC):
     @property
     def lengths(self) -> Tensor:
         """(M,) int64 on the CPU: how many keys each memory holds."""
-        return self.ring.lengths
+        with self._lock.reading:
+            return self.ring.lengths
 
-    @_plain_tensors
+    @writes
     def add(self, keys: Tensor, *, memories: Iterable[int] | Tensor | None = None) -> Tensor:
         """Appends keys, evicting the oldest beyond the capacity.
 
@@ -229,24 +266,30 @@ class MemoryBackend(ABC):
 
         Raises:
             InvalidInput: a wrong shape, NaN or infinity, or a memory that does not exist.
+            OutOfMemory: the index cannot grow; the memory is as it was.
         """
-        which = self._check_memories(memories)
-        prepared = self._check_vectors(keys, which, what="keys")
+        which = check_memories(memories, self.num_memories)
+        prepared = check_vectors(keys, which, what="keys", dim=self.dim, device=self.device)
         norms = None
         if self._norms is not None:
             norms = prepared.norm(dim=-1)
             prepared = prepared / norms.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
-        slots = self.ring.append(prepared, which)
-        if slots.numel():
-            stay = min(slots.shape[1], self.capacity)
-            kept = slots[:, -stay:]
+        if not prepared.shape[1] or not len(which):
+            return torch.zeros(prepared.shape[:2], dtype=torch.int64, device=keys.device)
+        undo = Undo(self.ring, self._norms, which, prepared.shape[1], keep_rows=self.index_may_fail)
+        try:
+            slots = self.ring.append(prepared, which)
+            kept = slots[:, -min(slots.shape[1], self.capacity) :]
             if self._norms is not None and norms is not None:
-                self._norms[which.to(self.device)[:, None], kept.to(self.device)] = norms[:, -stay:]
+                self._norms[which.to(self.device)[:, None], kept.to(self.device)] = norms[:, -kept.shape[1] :]
             with _full_precision(self.device):
-                self._add(prepared[:, -stay:].contiguous(), kept, which)
+                self._add(prepared[:, -kept.shape[1] :].contiguous(), kept, which)
+        except BaseException:
+            self._undo(undo, which)
+            raise
         return slots.to(keys.device)
 
-    @_plain_tensors
+    @reads
     def search(self, queries: Tensor, k: int, *, memories: Iterable[int] | Tensor | None = None) -> SearchResult:
         """Finds the k best keys for each query, each memory searched by its own queries.
 
@@ -260,8 +303,8 @@ class MemoryBackend(ABC):
         """
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise InvalidInput(f"k is {k!r}; it must be a whole number of at least 1")
-        which = self._check_memories(memories)
-        prepared = self._check_vectors(queries, which, what="queries").contiguous()
+        which = check_memories(memories, self.num_memories)
+        prepared = check_vectors(queries, which, what="queries", dim=self.dim, device=self.device).contiguous()
         if self._norms is not None:
             prepared = torch.nn.functional.normalize(prepared, dim=-1, eps=torch.finfo(torch.float32).tiny)
         shape = (*prepared.shape[:2], k)
@@ -277,7 +320,7 @@ class MemoryBackend(ABC):
             slots = torch.nn.functional.pad(slots, (0, k - found), value=-1)
         return SearchResult(scores.to(queries.device), slots.to(queries.device))
 
-    @_plain_tensors
+    @reads
     def gather_keys(self, slots: Tensor, *, memories: Iterable[int] | Tensor | None = None) -> Tensor:
         """The keys at `slots` as they were added, in float32.
 
@@ -288,7 +331,7 @@ class MemoryBackend(ABC):
         Returns:
             (M', Q, K, D) float32 on the device of `slots`; zeros where the slot is -1.
         """
-        which = self._check_memories(memories)
+        which = check_memories(memories, self.num_memories)
         if slots.dim() != 3 or slots.dtype != torch.int64 or slots.shape[0] != len(which):
             raise InvalidInput(
                 f"slots are (memories={len(which)}, queries, k) int64, got {tuple(slots.shape)} {slots.dtype}"
@@ -302,15 +345,18 @@ class MemoryBackend(ABC):
             keys = keys * self._norms[rows, slots.to(self.device).clamp(min=0)][..., None]
         return keys.to(slots.device)
 
-    @_plain_tensors
+    @writes
     def reset(self, memories: Iterable[int] | Tensor | None = None) -> None:
         """Empties some memories, or all of them: a new document begins there."""
-        which = self._check_memories(memories)
+        which = check_memories(memories, self.num_memories)
+        if self._refusal is not None and len(which) < self.num_memories:
+            raise UnusableMemory(*self._refusal.args)
         if len(which):
             self.ring.reset(which)
             self._reset(which)
+        self._refusal = None
 
-    @_plain_tensors
+    @writes
     def set_search_options(self, **options: Any) -> None:
         """Changes options that need no rebuild, for sweeps over one built index.
 
@@ -327,15 +373,65 @@ class MemoryBackend(ABC):
                 f"{self.name!r} can't change {', '.join(fixed)} once it is made (it can change: {can}); "
                 "make a new backend with make_backend"
             )
-        self.options = changed
-        self._set_search_options(frozenset(options))
+        former, self.options = self.options, changed
+        try:
+            self._set_search_options(frozenset(options))
+        except BaseException:
+            self.options = former
+            raise
 
+    def unchanged(self) -> AbstractContextManager[None]:
+        """`with memory.unchanged():` the calls within see one state; other threads search on, changes wait."""
+        return self._lock.reading
+
+    @reads
+    def wait(self) -> None:
+        """Returns when no work is left in the background, such as building an index; at once where there is none."""
+        self._wait()
+
+    @plain_tensors
+    def close(self) -> None:
+        """Ends the work in the background and gives back what the memory holds; every later call is refused."""
+        with self._lock.writing:
+            if not isinstance(self._refusal, ClosedMemory):
+                self._close()
+                self._refusal = closed_error(self.name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _undo(self, undo: Undo, which: Tensor) -> None:
+        """Brings ring and index back after a failed append."""
+        undo.restore()
+        try:
+            with _full_precision(self.device):
+                self._recover(which)
+        except BaseException as error:
+            self._refusal = UnusableMemory(
+                f"an append to this {self.name!r} memory failed, and so did bringing its index back ({error}): call "
+                "reset() for all memories, or load_backend() what was saved"
+            )
+            raise
+
+    @reads
     def stats(self) -> MemoryStats:
         """Keys, bytes and build time now."""
         keys = int(self.lengths.sum())
-        return MemoryStats(keys, keys * self.dim * 4, self._index_bytes(), self.build_seconds)
+        return MemoryStats(
+            keys,
+            keys * self.dim * 4,
+            self._index_bytes(),
+            self.build_seconds,
+            self._pending_builds(),
+            self.stalled_seconds,
+        )
 
-    @_plain_tensors
+    @writes
     def save(self, directory: str | Path) -> None:
         """Writes the memory into a folder, whole or not at all: JSON and raw arrays, nothing pickled."""
         from recollect.memory_backends.storage import save_backend
@@ -377,51 +473,6 @@ class MemoryBackend(ABC):
             raise BackendUnavailable(
                 f"{cls.unavailable_reason(needs or (Requirement(module, module),))} ({error})"
             ) from error
-
-    def _check_device(self, device: str | torch.device) -> torch.device:
-        try:
-            checked = torch.device(device)
-        except (RuntimeError, TypeError) as error:
-            raise InvalidInput(f"device {device!r} is not a torch device: {error}") from None
-        if checked.type not in self.capabilities.devices:
-            can = ", ".join(self.capabilities.devices)
-            raise UnsupportedOperation(f"{self.name!r} can't live on device {str(checked)!r}; it can live on {can}")
-        if checked.type == "cuda" and not torch.cuda.is_available():
-            raise UnsupportedOperation(f"device {str(checked)!r} was asked for, but torch sees no CUDA device here")
-        return checked
-
-    def _check_memories(self, memories: Iterable[int] | Tensor | None) -> Tensor:
-        if memories is None:
-            return torch.arange(self.num_memories)
-        if isinstance(memories, Tensor):
-            which = memories.detach().to("cpu")
-        else:
-            listed = list(memories)
-            which = torch.tensor(listed) if listed else torch.zeros(0, dtype=torch.int64)
-        if which.dim() != 1 or which.dtype not in (torch.int64, torch.int32):
-            raise InvalidInput(f"memories are a 1-D list of whole numbers, got {memories!r}")
-        which = which.to(torch.int64)
-        if len(which) and (int(which.min()) < 0 or int(which.max()) >= self.num_memories):
-            raise InvalidInput(f"memories {which.tolist()} are not all within 0..{self.num_memories - 1}")
-        if len(which.unique()) != len(which):
-            raise InvalidInput(f"memories {which.tolist()} name a memory twice")
-        return which
-
-    def _check_vectors(self, vectors: Tensor, which: Tensor, *, what: str) -> Tensor:
-        if not isinstance(vectors, Tensor):
-            raise InvalidInput(f"{what} must be a torch tensor, got {type(vectors).__name__}")
-        if vectors.dim() != 3 or vectors.shape[0] != len(which) or vectors.shape[2] != self.dim:
-            raise InvalidInput(
-                f"{what} have shape {tuple(vectors.shape)}; expected (memories={len(which)}, any, dim={self.dim})"
-            )
-        if not vectors.is_floating_point():
-            raise InvalidInput(f"{what} have type {vectors.dtype}; expected a floating type")
-        prepared = vectors.detach().to(device=self.device, dtype=torch.float32)
-        # A sum is one cheap pass and is not finite if any element is not; only then look at every element.
-        if prepared.numel() and not bool(torch.isfinite(prepared.sum())) and not bool(torch.isfinite(prepared).all()):
-            bad = (~torch.isfinite(prepared)).nonzero()[0].tolist()
-            raise NotFinite(f"{what} hold {float(prepared[tuple(bad)])} at index {bad}; every value must be finite")
-        return prepared
 
 
 def _full_precision(device: torch.device) -> torch.autocast:

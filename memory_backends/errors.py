@@ -33,3 +33,15 @@ class CorruptMemory(MemoryBackendError):
 
 class NotFinite(InvalidInput):
     """Keys or queries hold NaN or infinity."""
+
+
+class ClosedMemory(UnsupportedOperation):
+    """The backend was closed, by `close()` or at the end of its `with` block."""
+
+
+class OutOfMemory(MemoryBackendError, MemoryError):
+    """There is not enough memory for what was asked; the message says for how much, and what needs less."""
+
+
+class UnusableMemory(MemoryBackendError):
+    """An append failed half way and the index could not be brought back to what it was; `reset()` mends it."""

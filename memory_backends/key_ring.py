@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from recollect.memory_backends.out_of_memory import check_fits
+
 
 class KeyRing:
     """The raw keys of M memories as rings of C slots each.
@@ -22,6 +24,8 @@ class KeyRing:
 
     def __init__(self, num_memories: int, capacity: int, dim: int, *, device: torch.device) -> None:
         self.capacity = capacity
+        if device.type == "cpu":
+            check_fits(num_memories * capacity * dim * 4, "to hold the keys")
         self.keys = torch.zeros(num_memories, capacity, dim, device=device)
         self.totals = torch.zeros(num_memories, dtype=torch.int64)
 
@@ -38,10 +42,10 @@ class KeyRing:
         new_keys = keys.shape[1]
         numbers = self.totals[memories, None] + torch.arange(new_keys)
         slots = numbers % self.capacity
-        self.totals[memories] += new_keys
         kept = slots[:, max(0, new_keys - self.capacity) :]
         if kept.numel():
             self._write(keys[:, new_keys - kept.shape[1] :], kept, memories)
+        self.totals[memories] += new_keys
         if new_keys > self.capacity:
             slots[:, : new_keys - self.capacity] = -1
         return slots
@@ -99,6 +103,10 @@ class KeyRing:
     def reset(self, memories: Tensor) -> None:
         """Empties `memories` (M',)."""
         self.totals[memories] = 0
+
+    def arrays(self) -> tuple[Tensor, ...]:
+        """Everything stored by memory and slot, each (M, C, ...): what an append that fails must bring back."""
+        return (self.keys,)
 
     @property
     def nbytes(self) -> int:

@@ -69,12 +69,16 @@ class MemoryStats:
         key_bytes: bytes of the raw keys alive, which `gather_keys` answers from.
         index_bytes: bytes of the index beside the raw keys.
         build_seconds: time spent so far in training and building indexes.
+        pending_builds: indexes that are being built in the background now.
+        stalled_seconds: time that appends and searches have waited so far for builds in the background.
     """
 
     keys: int
     key_bytes: int
     index_bytes: int
     build_seconds: float
+    pending_builds: int = 0
+    stalled_seconds: float = 0.0
 
     @property
     def bytes_per_key(self) -> float:
