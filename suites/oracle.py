@@ -81,6 +81,49 @@ def consult(
     return Oracle(capacity, k, recording.scale, live, threshold, log_sum, top_mass)
 
 
+def shares_found(
+    backend: MemoryBackend,
+    queries: Tensor,
+    slots: Tensor,
+    k: int,
+    threshold: Tensor,
+    live: Tensor,
+    log_sum: Tensor | None,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Judges one search: the share of the true neighbours, and of the exact softmax, that was found.
+
+    Args:
+        backend: what was searched, unchanged since.
+        queries: (M, T, D).
+        slots: (M, T, K) its answer.
+        k: K.
+        threshold: (M, T) score of the K-th best key.
+        live: (M,) keys in each memory.
+        log_sum: (M, T) logarithm of the softmax denominator; None where no mass is wanted.
+        scale: (M,) of the logits; None likewise.
+
+    Returns:
+        Recall (M, T) and softmax mass (M, T) float64, meaningless where a memory is empty.
+    """
+    keys = backend.gather_keys(slots)
+    scores = torch.einsum("mqd,mqkd->mqk", queries.float(), keys.float().to(queries.device)).cpu()
+    slots = slots.cpu()
+    # A key counts once, however often it is returned.
+    ordered, order = slots.sort(dim=-1)
+    repeated = torch.zeros_like(slots, dtype=torch.bool)
+    repeated.scatter_(2, order[..., 1:], ordered[..., 1:] == ordered[..., :-1])
+    valid = (slots >= 0) & ~repeated
+    slack = TOLERANCE * threshold.abs().clamp(min=1.0)
+    wanted = live.clamp(max=k)[:, None]
+    hits = (valid & (scores >= (threshold - slack)[..., None])).sum(-1).minimum(wanted)
+    recall = hits.double() / wanted.clamp(min=1)
+    if log_sum is None or scale is None:
+        return recall, None
+    found = (scores * scale[:, None, None]).masked_fill(~valid, -torch.inf).logsumexp(-1)
+    return recall, (found - log_sum).double().exp().clamp(max=1.0)
+
+
 class Judge:
     """Watches a backend's searches, segment after segment, and compares what it finds with the oracle.
 
@@ -116,22 +159,17 @@ class Judge:
             return
         rows = self.is_text.shape[1]
         heads = len(live) // rows
-        slots = result.slots.cpu()
-        keys = backend.gather_keys(result.slots)
-        scores = torch.einsum("mqd,mqkd->mqk", queries.float(), keys.float().to(queries.device)).cpu()
-        # A key counts once, however often it is returned.
-        ordered, order = slots.sort(dim=-1)
-        repeated = torch.zeros_like(slots, dtype=torch.bool)
-        repeated.scatter_(2, order[..., 1:], ordered[..., 1:] == ordered[..., :-1])
-        valid = (slots >= 0) & ~repeated
-        threshold = oracle.threshold[number]
-        slack = TOLERANCE * threshold.abs().clamp(min=1.0)
-        wanted = live.clamp(max=k)[:, None]
-        hits = (valid & (scores >= (threshold - slack)[..., None])).sum(-1).minimum(wanted)
-        recall = hits.double() / wanted.clamp(min=1)
-        scale = oracle.scale.repeat(rows)[:, None, None]
-        found = (scores * scale).masked_fill(~valid, -torch.inf).logsumexp(-1)
-        mass = (found - oracle.log_sum[number]).double().exp().clamp(max=1.0)
+        recall, mass = shares_found(
+            backend,
+            queries,
+            result.slots,
+            k,
+            oracle.threshold[number],
+            live,
+            oracle.log_sum[number],
+            oracle.scale.repeat(rows),
+        )
+        assert mass is not None
         counted = self.is_text[number].repeat_interleave(heads, dim=0) & (live > 0)[:, None]
         self.weight[number] = counted.view(rows, -1).sum(-1)
         best = oracle.top_mass[number].double()
