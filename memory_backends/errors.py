@@ -45,3 +45,11 @@ class OutOfMemory(MemoryBackendError, MemoryError):
 
 class UnusableMemory(MemoryBackendError):
     """An append failed half way and the index could not be brought back to what it was; `reset()` mends it."""
+
+
+class OverBudget(MemoryBackendError, ValueError):
+    """A memory would take more bytes than `max_bytes` allows; the message says how many, and what takes fewer."""
+
+
+class DiskFull(MemoryBackendError):
+    """A folder has no room for the file that was asked for; the message says how much there is, and what to do."""
