@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -99,6 +100,7 @@ def test_turns_are_taken_in_changing_order_with_the_reference_in_each_round() ->
 def test_turns_end_when_the_time_is_spent() -> None:
     found = noise.interleave({"a": lambda: None}, rounds=1000, seconds=0.0)
     assert len(found["a"]) == 1
+    assert len(noise.interleave({"a": lambda: None}, rounds=1000, least=4, seconds=0.0)["a"]) == 4
     with pytest.raises(ValueError, match="at least one"):
         noise.interleave({"a": lambda: None}, rounds=0)
 
@@ -115,3 +117,11 @@ def test_flushing_touches_more_than_a_common_cache(monkeypatch: pytest.MonkeyPat
     noise._flush_buffer.cache_clear()
     assert noise.flush_caches() == 64 * 2**20
     noise._flush_buffer.cache_clear()
+
+
+def test_preparations_are_not_timed() -> None:
+    def wait() -> None:
+        time.sleep(0.02)
+
+    found = noise.interleave({"a": lambda: None, "b": lambda: None}, rounds=2, prepare={"a": wait})
+    assert max(found["a"]) < 20
