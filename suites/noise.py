@@ -271,8 +271,10 @@ def interleave(
     *,
     rounds: int,
     clock: Clock = "wall",
+    least: int = 1,
     seconds: float | None = None,
     before: Callable[[], Any] | None = None,
+    prepare: Mapping[str, Callable[[], Any]] | None = None,
 ) -> dict[str, list[float]]:
     """Times several operations in turns, with the reference operation in every round.
 
@@ -282,8 +284,10 @@ def interleave(
         calls: by name. Each must wait for its own result (an accelerator is synchronised by the caller's function).
         rounds: calls of each.
         clock: which time.
-        seconds: stops after the first round that ends later than this; None never does. One round is always made.
+        least: rounds that are made however long they take.
+        seconds: stops after the first round from `least` on that ends later than this; None never does.
         before: is called before each timed call, untimed, such as `flush_caches`.
+        prepare: by name, what is called untimed before each call of that name (and before `before`).
 
     Returns:
         Milliseconds by name, entry i of round i, those of the reference operation under `REFERENCE`.
@@ -298,12 +302,15 @@ def interleave(
     names = list(everything)
     found: dict[str, list[float]] = {name: [] for name in names}
     started = time.perf_counter()
-    for _ in range(rounds):
+    preparations = prepare or {}
+    for done in range(1, rounds + 1):
         for place in order.permutation(len(names)):
+            if names[place] in preparations:
+                preparations[names[place]]()
             if before is not None:
                 before()
             found[names[place]].append(timed_ms(everything[names[place]], now))
-        if seconds is not None and time.perf_counter() - started > seconds:
+        if seconds is not None and done >= least and time.perf_counter() - started > seconds:
             break
     return found
 
