@@ -45,13 +45,11 @@ itself. Work in the background never takes this class's lock: its results are ta
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any, ClassVar, Self
 
 import torch
@@ -59,8 +57,8 @@ from torch import Tensor
 
 from recollect.memory_backends.arguments import check_device, check_memories, check_vectors
 from recollect.memory_backends.calls import closed_error, plain_tensors, reads, writes
+from recollect.memory_backends.declared import Declared
 from recollect.memory_backends.errors import (
-    BackendUnavailable,
     ClosedMemory,
     InvalidInput,
     MemoryBackendError,
@@ -83,7 +81,7 @@ from recollect.memory_backends.spec import format_spec, make_options, options_gi
 from recollect.memory_backends.undo import Undo
 
 
-class MemoryBackend(ABC):
+class MemoryBackend(Declared, ABC):
     """M independent first-in first-out memories of keys, and their search. The module's text is the contract.
 
     Args:
@@ -143,6 +141,9 @@ class MemoryBackend(ABC):
         elif not isinstance(options, self.Options):
             raise InvalidInput(f"options of {self.name!r} are a {self.Options.__name__} or a mapping, got {options!r}")
         self.check_available()
+        capabilities = self.capabilities_with(options)
+        if capabilities != self.capabilities:
+            vars(self)["capabilities"] = capabilities  # what the class declares holds for its default options
         if metric not in self.capabilities.metrics:
             can = ", ".join(self.capabilities.metrics)
             raise UnsupportedOperation(f"{self.name!r} does not search by metric {metric!r}; it can search by {can}")
@@ -437,42 +438,6 @@ class MemoryBackend(ABC):
         from recollect.memory_backends.storage import save_backend
 
         save_backend(self, Path(directory))
-
-    # Availability and checks ------------------------------------------------------------------------------------------
-
-    @classmethod
-    def missing_requirements(cls) -> tuple[Requirement, ...]:
-        """The libraries that are not installed here, found without importing them."""
-        return tuple(need for need in cls.requires if importlib.util.find_spec(need.module.partition(".")[0]) is None)
-
-    @classmethod
-    def check_available(cls) -> None:
-        """Raises BackendUnavailable, with the pip command, if a library is missing."""
-        missing = cls.missing_requirements()
-        if missing:
-            raise BackendUnavailable(cls.unavailable_reason(missing))
-
-    @classmethod
-    def unavailable_reason(cls, missing: tuple[Requirement, ...]) -> str:
-        """The sentence that says what is missing and which command brings it."""
-        modules = ", ".join(need.module for need in missing)
-        command = " ".join(f"'{need.pip}'" for need in missing)
-        return f"backend {cls.name!r} needs {modules}, which is not installed: pip install {command}"
-
-    @classmethod
-    def import_library(cls, module: str) -> ModuleType:
-        """Imports a library when it is used.
-
-        Raises:
-            BackendUnavailable: it is not installed, or is installed and does not load here.
-        """
-        try:
-            return importlib.import_module(module)
-        except ImportError as error:
-            needs = tuple(need for need in cls.requires if need.module.partition(".")[0] == module.partition(".")[0])
-            raise BackendUnavailable(
-                f"{cls.unavailable_reason(needs or (Requirement(module, module),))} ({error})"
-            ) from error
 
 
 def _full_precision(device: torch.device) -> torch.autocast:

@@ -117,9 +117,44 @@ def canonical_spec(spec: str) -> str:
     Raises:
         UnknownBackend, InvalidSpec: as `make_backend`.
     """
+    cls, options = class_and_options(spec)
+    return format_spec(cls.name, options_given(options))
+
+
+def class_and_options(spec: str) -> tuple[type[MemoryBackend], Any]:
+    """The class that a registry string names, and its options; no library is imported.
+
+    Raises:
+        UnknownBackend, InvalidSpec: as `make_backend`.
+    """
     name, given = parse_spec(spec)
     cls = backend_class(name)
-    return format_spec(name, options_given(make_options(cls.Options, given, name=name)))
+    return cls, make_options(cls.Options, given, name=name)
+
+
+def capabilities_of(spec: str) -> Capabilities:
+    """What is true of the backend that a registry string names; no library is imported."""
+    cls, options = class_and_options(spec)
+    return cls.capabilities_with(options)
+
+
+def classes_of(spec: str) -> tuple[type[MemoryBackend], ...]:
+    """The classes that a registry string needs: its backend's own, and those of the backends that it is made of."""
+    cls, options = class_and_options(spec)
+    inner = (each for source in cls.sources_with(options) for each in classes_of(source))
+    return tuple(dict.fromkeys((cls, *inner)))
+
+
+def check_available(spec: str) -> None:
+    """Raises BackendUnavailable, with the pip command, if a library that a registry string needs is missing."""
+    for cls in classes_of(spec):
+        cls.check_available()
+
+
+def build_spec(spec: str) -> str:
+    """The canonical registry string without search options: the same for specs that can share one built index."""
+    cls, options = class_and_options(spec)
+    return format_spec(cls.name, cls.build_options(options))
 
 
 def make_backend(
@@ -149,9 +184,7 @@ def make_backend(
         BackendUnavailable: its library is not installed; the message holds the pip command.
         InvalidInput, UnsupportedOperation: a number, metric or device does not do.
     """
-    name, given = parse_spec(spec)
-    cls = backend_class(name)
-    options = make_options(cls.Options, given, name=name)
+    cls, options = class_and_options(spec)
     # What a subclass's own __init__ makes must be as usable outside inference mode as what the base class makes.
     with torch.inference_mode(False):
         return cls(

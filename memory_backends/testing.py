@@ -28,7 +28,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from recollect.memory_backends.base import MemoryBackend, SearchResult
 from recollect.memory_backends.errors import InvalidInput, UnsupportedOperation
 from recollect.memory_backends.records import METRICS
-from recollect.memory_backends.registry import backend_class, canonical_spec
+from recollect.memory_backends.registry import backend_class, canonical_spec, capabilities_of
 from recollect.memory_backends.spec import parse_spec
 from recollect.memory_backends.testing_base import (
     C,
@@ -159,12 +159,11 @@ class BackendConformance(InputConformance):
         self.assert_alike(backend, outside, inside)
 
     def test_devices(self, spec: str) -> None:
-        cls = backend_class(parse_spec(spec)[0])
         with pytest.raises(UnsupportedOperation, match="meta"):
             self.make(spec, device="meta")
         with pytest.raises(InvalidInput, match="no-such-device"):
             self.make(spec, device="no-such-device")
-        if "cuda" not in cls.capabilities.devices:
+        if "cuda" not in capabilities_of(spec).devices:
             with pytest.raises(UnsupportedOperation, match="cuda"):
                 self.make(spec, device="cuda")
         elif torch.cuda.is_available():
@@ -289,7 +288,7 @@ class BackendConformance(InputConformance):
 
     @pytest.mark.parametrize("metric", METRICS)
     def test_recall_floor(self, spec: str, metric: str) -> None:
-        if metric not in backend_class(parse_spec(spec)[0]).capabilities.metrics:
+        if metric not in capabilities_of(spec).metrics:
             with pytest.raises(UnsupportedOperation, match=metric):
                 self.make(spec, metric=metric)
             return
@@ -354,7 +353,7 @@ class BackendConformance(InputConformance):
                 stateful_step_count=12,
                 deadline=None,
                 # The recall of an approximate index has bad luck in some history: let it be the same ones every time.
-                derandomize=in_ci() or not cls.capabilities.exact,
+                derandomize=in_ci() or not capabilities_of(spec).exact,
                 database=None,
                 report_multiple_bugs=False,
                 suppress_health_check=list(HealthCheck),

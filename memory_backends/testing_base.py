@@ -25,7 +25,13 @@ from recollect.memory_backends.errors import (
     MemoryBackendError,
     UnsupportedOperation,
 )
-from recollect.memory_backends.registry import backend_class, canonical_spec, load_backend, make_backend
+from recollect.memory_backends.registry import (
+    backend_class,
+    canonical_spec,
+    check_available,
+    load_backend,
+    make_backend,
+)
 from recollect.memory_backends.spec import format_spec, options_given, parse_spec
 from recollect.memory_backends.testing_oracle import OracleMemory, check_answer
 
@@ -41,7 +47,7 @@ def in_ci() -> bool:
 def skip_unless_available(spec: str) -> None:
     """Skips the test if the library of a backend is missing; fails it in CI."""
     try:
-        backend_class(parse_spec(spec)[0]).check_available()
+        check_available(spec)
     except BackendUnavailable as error:
         if in_ci():
             pytest.fail(f"in CI every library must be there: {error}")

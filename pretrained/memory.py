@@ -15,14 +15,13 @@ from torch import Tensor
 
 from recollect.memory_backends import make_backend
 from recollect.memory_backends.base import MemoryBackend
-from recollect.memory_backends.registry import backend_class
-from recollect.memory_backends.spec import parse_spec
+from recollect.memory_backends.registry import capabilities_of
 from recollect.pretrained.records import LayerShape, MemorySettings
 
 
 def backend_device(spec: str, device: torch.device) -> torch.device:
     """Where the index lives: on the model's device if it can, else on the CPU."""
-    devices = backend_class(parse_spec(spec)[0]).capabilities.devices
+    devices = capabilities_of(spec).devices
     return device if device.type in devices else torch.device("cpu")
 
 

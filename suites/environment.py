@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from recollect.memory_backends.registry import backend_class
+from recollect.memory_backends.registry import classes_of
 
 PACKAGE = Path(__file__).resolve().parent.parent
 """The folder that holds memory_backends/, model/ and suites/: the checkout's root, or the installed package."""
@@ -125,15 +125,15 @@ def core_digest() -> str:
     return _digest(files)
 
 
-def backend_digest(name: str) -> str:
-    """Names the code and the library versions of one backend."""
-    cls = backend_class(name)
-    source = Path(inspect.getfile(cls))
+def backend_digest(spec: str) -> str:
+    """Names the code and the library versions of one backend, and of those that it is made of."""
+    classes = classes_of(spec)
+    sources = [Path(inspect.getfile(cls)) for cls in classes]
     # Helpers beside it start with an underscore; which of them it uses is not asked.
-    files = [source, *sorted(source.parent.glob("_[a-z]*.py"))]
+    files = [*sources, *sorted(sources[0].parent.glob("_[a-z]*.py"))]
     distributions = _distributions()
     versions = []
-    for need in cls.requires:
+    for need in (need for cls in classes for need in cls.requires):
         for distribution in sorted(set(distributions.get(need.module.partition(".")[0], ()))):
             versions.append(f"{distribution}={importlib.metadata.version(distribution)}")
     return hashlib.sha256(f"{_digest(files)}:{versions}".encode()).hexdigest()

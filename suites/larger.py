@@ -66,7 +66,7 @@ def measure_larger(
     path = output / "crossover.json"
     specs = choose_specs(cells)
     backends = {cell.spec: cell.backend for cell in cells}
-    marks = {spec: fingerprint({**settings, "spec": spec, "code": backend_digest(backends[spec])}) for spec in specs}
+    marks = {spec: fingerprint({**settings, "spec": spec, "code": backend_digest(spec)}) for spec in specs}
     known = read_json(path)
     rows: list[dict[str, Any]] = []
     for row in (known or {}).get("rows", []):

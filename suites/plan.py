@@ -87,9 +87,9 @@ def make_plan(options: CompareOptions, shared: Mapping[str, Any]) -> list[Planne
     planned = [PlannedCell(NO_MEMORY, NO_MEMORY, 0, fingerprint({**shared, "core": core_digest()}), run)]
     for backend in dict.fromkeys(parse_spec(spec)[0] for spec in specs):
         info = describe_backend(backend)
-        own = fingerprint({**shared, "core": core_digest(), "backend": backend_digest(backend)})
         for spec in specs:
             if parse_spec(spec)[0] == backend:
+                own = fingerprint({**shared, "core": core_digest(), "backend": backend_digest(spec)})
                 planned += [
                     PlannedCell(spec, backend, size, own, run, "" if info.available else info.reason)
                     for size in options.memory_sizes

@@ -13,17 +13,14 @@ import torch
 from torch import Tensor
 
 from recollect.memory_backends import MemoryBackend
-from recollect.memory_backends.registry import backend_class
-from recollect.memory_backends.spec import format_spec, make_options, options_given, parse_spec
+from recollect.memory_backends.registry import backend_class, build_spec
+from recollect.memory_backends.spec import make_options, parse_spec
 from recollect.model.recording import ObservedBackend
 
 
 def build_key(spec: str) -> str:
     """What is the same for specs that can share an index: the name and the options that are fixed at building."""
-    name, given = parse_spec(spec)
-    cls = backend_class(name)
-    options = options_given(make_options(cls.Options, given, name=name))
-    return format_spec(name, {key: value for key, value in options.items() if key not in cls.search_options})
+    return build_spec(spec)
 
 
 def search_options(spec: str) -> dict[str, Any]:

@@ -34,6 +34,7 @@ BUILT_IN = {
     "faiss-ivfpq",
     "hnswlib",
     "pynndescent",
+    "rerank",
     "scann",
 }
 
