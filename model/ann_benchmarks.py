@@ -1,10 +1,13 @@
-"""The HDF5 layout of ann-benchmarks (https://github.com/erikbern/ann-benchmarks), written and read.
+"""The HDF5 layout of ann-benchmarks (https://github.com/erikbern/ann-benchmarks) and of VIBE, written and read.
 
-A file holds `train` (N, D) and `test` (Q, D) float32, `neighbors` (Q, K) places in `train` and `distances` (Q, K), both
-by rising distance, and the attributes `distance`, `dimension`, `point_type` and `type`. What a distance means there:
+A file holds `train` (N, D) and `test` (Q, D), `neighbors` (Q, K) places in `train` and `distances` (Q, K), both by
+rising distance, and the attributes `distance`, `dimension`, `point_type` and, where ann-benchmarks wrote it, `type`.
+VIBE (https://github.com/vector-index-bench/vibe) adds `avg_distances` (Q,), the mean distance of a query to every key,
+and to some files `learn` (L, D) and `learn_neighbors` (L, K): queries of the same kind as `test`, to train on. What a
+distance means there:
 
-    angular     1 - cosine                    euclidean   the Euclidean distance, with its root
-    ip          - inner product (VIBE and others name it so; ann-benchmarks itself has no inner product)
+    angular, cosine   1 - cosine            euclidean    the Euclidean distance, with its root
+    ip, dot           - inner product       normalized   1 - inner product, of vectors of length 1
 
 An inner-product workload becomes `angular` as ann-benchmarks does it for its lastfm data (Bachrach et al. 2014,
 doi 10.1145/2645710.2645741): one more dimension gives every key the same length and leaves the queries at 0 there, so
@@ -14,33 +17,24 @@ that the angle orders the keys as the inner product does.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import h5py
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from recollect.memory_backends import make_backend
 from recollect.memory_backends.atomic import atomic_file
+from recollect.model.distances import DISTANCE_OF_METRIC, METRIC_OF_DISTANCE, true_neighbors
 from recollect.model.documents import CorpusError
 
-# The distances of others' files and the metric that orders keys in the same way.
-METRIC_OF_DISTANCE = {
-    "angular": "cosine",
-    "cosine": "cosine",
-    "euclidean": "l2",
-    "dot": "inner_product",
-    "ip": "inner_product",
-    "normalized": "inner_product",
-}
-DISTANCE_OF_METRIC = {"inner_product": "ip", "l2": "euclidean", "cosine": "angular"}
-QUERIES_AT_ONCE = 512
-ROUNDING = 1e-6  # Keys this much farther are as near: backends and files compute in float32.
+ROWS_AT_ONCE = 65_536
+"""Keys that are read at once: 32 MiB at dimension 128."""
+COMMON_POINT_TYPES = ("float", "float32", "uint8", "int8")
+"""Types of coordinates that are read; all become float32."""
 
 
 @dataclass(frozen=True)
@@ -67,89 +61,137 @@ class AnnBenchmark:
         """D."""
         return int(self.train.shape[1])
 
-    def recall(self, found: NDArray[np.int64], k: int) -> float:
-        """Share of the k nearest among `found` (Q, k or more; -1 for none).
 
-        Judged by distance, so that ties are fair: every distinct found key counts that is no farther than the k-th true
-        neighbour, up to rounding. ann-benchmarks allows a margin of 0.001, which for angles between keys of a memory
-        would let many a wrong one pass.
-        """
-        self._checked_k(k)
-        found = np.asarray(found)[:, :k]
-        hits = 0
-        for query, places in enumerate(found):
-            places = np.unique(places[places >= 0])
-            reached = distances_of(self.distance, self.test[query : query + 1], self.train[places])[0]
-            # Measured again, since a file's distances may carry the rounding of whatever wrote them.
-            true = distances_of(self.distance, self.test[query : query + 1], self.train[self.neighbors[query, :k]])
-            limit = float(true.max())
-            hits += int((reached <= limit + ROUNDING * max(1.0, abs(limit))).sum())
-        return hits / (k * len(self.test))
+class AnnBenchmarkFile:
+    """A file of ann-benchmarks or VIBE, open and checked, of which only what is asked for is read.
 
-    def run(self, spec: str, k: int = 10, *, device: str = "cpu", seed: int = 0) -> AnnBenchmarkResult:
-        """Gives all keys to the backend `spec` as one memory, searches all queries, and judges what it finds."""
-        self._checked_k(k)
-        backend = make_backend(
-            spec,
-            num_memories=1,
-            capacity=len(self.train),
-            dim=self.dimension,
-            metric=self.metric,
-            device=device,
-            seed=seed,
+    Use as a context manager.
+
+    Attributes:
+        path, name: the file, and its name without the ending, which is the dataset's.
+        distance: the file's own word; `metric` is the one that a backend takes for it.
+        point_type: of the coordinates in the file: float, uint8 or int8.
+        keys, queries, dimension, neighbors_known: N, Q, D and K.
+        learn_queries: L, 0 where the file has none.
+
+    Raises:
+        CorpusError: a missing, damaged or foreign file, sparse or binary vectors, or a distance that no backend orders
+            keys by (hamming, jaccard, chamfer).
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self.name = self.path.stem
+        if not self.path.is_file():
+            raise CorpusError(f"no such file: {str(self.path)!r}")
+        try:
+            self._file = h5py.File(self.path, "r")
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+        try:
+            self._check()
+        except CorpusError:
+            self._file.close()
+            raise
+        except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+            self._file.close()
+            raise _unreadable(self.path, error) from error
+
+    def _check(self) -> None:
+        file, path = self._file, self.path
+        kind, self.distance, self.point_type = (
+            _word(file.attrs.get(name, default))
+            for name, default in (("type", "dense"), ("distance", ""), ("point_type", "float"))
         )
-        start = time.perf_counter()
-        backend.add(torch.from_numpy(self.train)[None])
-        append_seconds = time.perf_counter() - start
-        parts = []
-        start = time.perf_counter()
-        for queries in torch.from_numpy(self.test).split(QUERIES_AT_ONCE):
-            parts.append(backend.search(queries[None], k).slots[0].cpu())
-        search_seconds = time.perf_counter() - start
-        recall = self.recall(torch.cat(parts).numpy(), k)
-        return AnnBenchmarkResult(backend.spec, k, recall, append_seconds, 1e3 * search_seconds / len(self.test))
+        missing = [name for name in ("train", "test", "neighbors", "distances") if name not in file]
+        if missing:
+            raise CorpusError(f"{path} is not of ann-benchmarks: it has no {', '.join(missing)}")
+        if kind != "dense" or self.distance not in METRIC_OF_DISTANCE:
+            raise CorpusError(
+                f"{path} is {kind} with distance {self.distance or 'unnamed'!r}: want dense vectors with one of "
+                f"{', '.join(METRIC_OF_DISTANCE)}"
+            )
+        if self.point_type not in COMMON_POINT_TYPES:
+            raise CorpusError(
+                f"{path} holds points of type {self.point_type!r}: no backend searches packed bits; want one of "
+                f"{', '.join(COMMON_POINT_TYPES)}"
+            )
+        shapes = {name: tuple(file[name].shape) for name in ("train", "test", "neighbors", "distances")}
+        train, test, neighbors, distances = shapes.values()
+        fits = len(train) == len(test) == len(neighbors) == 2 and train[1] == test[1]
+        if not fits or neighbors != distances or neighbors[0] != test[0]:
+            described = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+            raise CorpusError(f"{path} does not fit together: {described}")
+        self.keys, self.dimension = train
+        self.queries, self.neighbors_known = neighbors
+        self.learn_queries = int(file["learn"].shape[0]) if "learn" in file else 0
 
-    def _checked_k(self, k: int) -> None:
-        if not 1 <= k <= self.neighbors.shape[1]:
-            raise CorpusError(f"k is {k}: the file holds {self.neighbors.shape[1]} true neighbours for each query")
+    @property
+    def metric(self) -> str:
+        """The metric of `make_backend` that orders the keys as `distance` does."""
+        return METRIC_OF_DISTANCE[self.distance]
+
+    def check_k(self, k: int) -> None:
+        """Raises CorpusError where the file does not know the k nearest keys of its queries."""
+        if not 1 <= k <= self.neighbors_known:
+            raise CorpusError(
+                f"k is {k}: the file holds {self.neighbors_known} true neighbours for each query; choose k from 1 to "
+                f"{self.neighbors_known}"
+            )
+
+    def train_chunks(self, rows: int = ROWS_AT_ONCE) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """The keys in order, at most `rows` at a time: the first one's place and keys (n, D)."""
+        for start in range(0, self.keys, rows):
+            yield start, self.train(start, start + rows)
+
+    def train(self, start: int, stop: int) -> NDArray[np.float32]:
+        """The keys (n, D) from place `start` to before `stop`."""
+        return self._read("train", slice(start, stop), np.float32)
+
+    def test(self) -> NDArray[np.float32]:
+        """The queries (Q, D)."""
+        return self._read("test", slice(None), np.float32)
+
+    def truth(self, k: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """The k nearest keys of each query (all K when None), nearest first: places (Q, k) and distances (Q, k)."""
+        which = slice(0, self.neighbors_known if k is None else k)
+        neighbors = self._read("neighbors", (slice(None), which), np.int64)
+        if neighbors.size and not (neighbors.min() >= 0 and neighbors.max() < self.keys):
+            raise CorpusError(f"{self.path} names neighbours outside its {self.keys} keys")
+        return neighbors, self._read("distances", (slice(None), which), np.float64)
+
+    def whole(self) -> AnnBenchmark:
+        """Everything, in memory."""
+        neighbors, distances = self.truth()
+        return AnnBenchmark(self.train(0, self.keys), self.test(), neighbors, distances, self.distance, self.point_type)
+
+    def _read(self, name: str, which: Any, dtype: type[Any]) -> NDArray[Any]:
+        try:
+            return np.asarray(self._file[name][which], dtype=dtype)
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
+            raise _unreadable(self.path, error) from error
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def __enter__(self) -> AnnBenchmarkFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
-@dataclass(frozen=True)
-class AnnBenchmarkResult:
-    """How a backend did on a file: `search_ms` for one query, at 512 queries at once; `append_seconds` for all keys."""
+def load_ann_benchmarks(path: str | Path) -> AnnBenchmark:
+    """Reads a dense file of ann-benchmarks or VIBE, whole, as float32.
 
-    spec: str
-    k: int
-    recall: float
-    append_seconds: float
-    search_ms: float
-
-
-def distances_of(distance: str, queries: NDArray[Any], keys: NDArray[Any]) -> NDArray[np.float64]:
-    """(Q, D) and (N, D) to (Q, N) distances, in float64; smaller is nearer."""
-    queries, keys = np.asarray(queries, dtype=np.float64), np.asarray(keys, dtype=np.float64)
-    products = queries @ keys.T
-    if METRIC_OF_DISTANCE[distance] == "inner_product":
-        return 1 - products if distance == "normalized" else -products
-    squares, key_squares = (queries**2).sum(1)[:, None], (keys**2).sum(1)[None]
-    if METRIC_OF_DISTANCE[distance] == "l2":
-        return np.sqrt(np.maximum(squares + key_squares - 2 * products, 0))
-    lengths = np.sqrt(squares * key_squares)
-    return 1 - np.divide(products, lengths, out=np.zeros_like(products), where=lengths > 0)
-
-
-def true_neighbors(
-    distance: str, queries: NDArray[Any], keys: NDArray[Any], k: int
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The k nearest keys of each query by brute force: places (Q, k) and distances (Q, k), nearest first; of equally
-    near keys the earlier one."""
-    places, reached = [], []
-    for start in range(0, len(queries), QUERIES_AT_ONCE):
-        all_of_them = distances_of(distance, queries[start : start + QUERIES_AT_ONCE], keys)
-        order = np.argsort(all_of_them, axis=1, kind="stable")[:, :k]
-        places.append(order)
-        reached.append(np.take_along_axis(all_of_them, order, axis=1))
-    return np.concatenate(places), np.concatenate(reached)
+    Raises CorpusError for a missing, damaged or foreign file, and for distances that no backend orders keys by
+    (hamming, jaccard).
+    """
+    with AnnBenchmarkFile(path) as file:
+        return file.whole()
 
 
 def write_ann_benchmarks(
@@ -161,12 +203,14 @@ def write_ann_benchmarks(
     metric: str = "inner_product",
     augment: bool = True,
     metadata: Mapping[str, Any] | None = None,
+    on_queries: Callable[[int, int], None] | None = None,
 ) -> AnnBenchmark:
     """Writes keys `train` (N, D) and queries `test` (Q, D) with their k true neighbours; whole or not at all.
 
     metric: what orders the keys. `inner_product` is written as `angular` with one more dimension, which every tool
-    that reads ann-benchmarks understands; with `augment=False` as `ip`, keys and queries untouched.
+    that reads ann-benchmarks understands; with `augment=False` as `ip`, which VIBE reads, keys and queries untouched.
     metadata: JSON, kept in the attribute `recollect`.
+    on_queries: told how many of how many queries have their neighbours.
 
     Returns what the file holds. Raises CorpusError for shapes that do not fit, k beyond N, an unknown metric.
     """
@@ -185,7 +229,7 @@ def write_ann_benchmarks(
     if metric == "inner_product" and augment:
         train, test = augmented(train, test)
         distance = "angular"
-    neighbors, distances = true_neighbors(distance, test, train, k)
+    neighbors, distances = true_neighbors(distance, test, train, k, on_queries=on_queries)
     with atomic_file(path) as temporary, h5py.File(temporary, "w") as file:
         file.attrs.update(type="dense", distance=distance, dimension=train.shape[1], point_type="float")
         file.attrs["recollect"] = json.dumps({"metric": metric, **(metadata or {})})
@@ -203,47 +247,8 @@ def augmented(train: NDArray[np.float32], test: NDArray[np.float32]) -> tuple[ND
     return np.hstack([train, rest[:, None]]), np.hstack([test, np.zeros((len(test), 1), dtype=np.float32)])
 
 
-def load_ann_benchmarks(path: str | Path) -> AnnBenchmark:
-    """Reads a dense file of ann-benchmarks or VIBE, whole, as float32.
-
-    Raises CorpusError for a missing, damaged or foreign file, and for distances that no backend orders keys by
-    (hamming, jaccard).
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise CorpusError(f"no such file: {str(path)!r}")
-    try:
-        with h5py.File(path, "r") as file:
-            kind, distance, point_type = (
-                _word(file.attrs.get(name, default))
-                for name, default in (("type", "dense"), ("distance", ""), ("point_type", "float"))
-            )
-            missing = [name for name in ("train", "test", "neighbors", "distances") if name not in file]
-            if missing:
-                raise CorpusError(f"{path} is not of ann-benchmarks: it has no {', '.join(missing)}")
-            if kind != "dense" or distance not in METRIC_OF_DISTANCE:
-                raise CorpusError(
-                    f"{path} is {kind} with distance {distance or 'unnamed'!r}: want dense vectors with one of "
-                    f"{', '.join(METRIC_OF_DISTANCE)}"
-                )
-            train, test = (np.asarray(file[name], dtype=np.float32) for name in ("train", "test"))
-            neighbors = np.asarray(file["neighbors"], dtype=np.int64)
-            distances = np.asarray(file["distances"], dtype=np.float64)
-    except CorpusError:
-        raise
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise CorpusError(
-            f"{path} cannot be read as HDF5 ({error}): is it cut short, or another kind of file?"
-        ) from error
-    fits = train.ndim == test.ndim == neighbors.ndim == 2 and train.shape[1] == test.shape[1]
-    if not fits or neighbors.shape != distances.shape or len(neighbors) != len(test):
-        raise CorpusError(
-            f"{path} does not fit together: train {train.shape}, test {test.shape}, neighbors {neighbors.shape}, "
-            f"distances {distances.shape}"
-        )
-    if neighbors.size and not (neighbors.min() >= 0 and neighbors.max() < len(train)):
-        raise CorpusError(f"{path} names neighbours outside its {len(train)} keys")
-    return AnnBenchmark(train, test, neighbors, distances, distance, point_type)
+def _unreadable(path: Path, error: Exception) -> CorpusError:
+    return CorpusError(f"{path} cannot be read as HDF5 ({error}): is it cut short, or another kind of file?")
 
 
 def _word(value: Any) -> str:

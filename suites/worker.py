@@ -43,6 +43,7 @@ def main() -> int:
         "cells": _measure_cells,
         "larger": _measure_larger,
         "ablation": _ablate,
+        "ann": _ann,
     }
     kinds[task["kind"]](task, tell)
     tell("end")
@@ -179,6 +180,13 @@ def _ablate(task: dict[str, Any], tell: Tell) -> None:
 
     with _writing(tell, task["output"]):
         run(task, tell)
+
+
+def _ann(task: dict[str, Any], tell: Tell) -> None:
+    from .ann_run import work
+
+    with _writing(tell, task["output"]):
+        work(task, tell)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recollect.model.ann_benchmarks import augmented, distances_of, load_ann_benchmarks, write_ann_benchmarks
+from recollect.model.ann_benchmarks import AnnBenchmarkFile, augmented, load_ann_benchmarks, write_ann_benchmarks
+from recollect.model.distances import distances_of
 from recollect.model.documents import CorpusError
 
 RANDOM = np.random.default_rng(0)
@@ -71,26 +72,29 @@ def test_augmented_angle_orders_as_the_inner_product(seed: int) -> None:
     assert (np.diff(np.take_along_axis(products, order, axis=1), axis=1) <= 1e-4).all()
 
 
-@pytest.mark.parametrize("metric", ["cosine", "l2", "inner_product"])
-@pytest.mark.parametrize("augment", [True, False])
-def test_exact_backend_finds_everything(tmp_path: Path, metric: str, augment: bool) -> None:
-    write_ann_benchmarks(tmp_path / "file.hdf5", TRAIN, TEST, k=10, metric=metric, augment=augment)
-    result = load_ann_benchmarks(tmp_path / "file.hdf5").run("exact", k=10)
-    assert result.recall == 1.0
-    assert (result.spec, result.k) == ("exact", 10)
-    assert result.search_ms > 0
+@pytest.mark.parametrize("rows", [1, 7, 200, 1000])
+def test_keys_are_read_in_parts(tmp_path: Path, rows: int) -> None:
+    written = write_ann_benchmarks(tmp_path / "file.hdf5", TRAIN, TEST, k=10, metric="l2")
+    with AnnBenchmarkFile(tmp_path / "file.hdf5") as file:
+        parts = list(file.train_chunks(rows))
+        assert (file.name, file.keys, file.queries, file.dimension, file.neighbors_known) == ("file", 200, 20, 8, 10)
+        np.testing.assert_array_equal(file.test(), TEST)
+        np.testing.assert_array_equal(file.truth(3)[0], written.neighbors[:, :3])
+        np.testing.assert_array_equal(file.train(5, 9), TRAIN[5:9])
+        with pytest.raises(CorpusError, match="k is 11: the file holds 10 true neighbours"):
+            file.check_k(11)
+    assert [start for start, _ in parts] == list(range(0, 200, rows))
+    np.testing.assert_array_equal(np.concatenate([keys for _, keys in parts]), TRAIN)
 
 
-def test_recall_counts_distinct_keys_as_near_as_the_true_ones(tmp_path: Path) -> None:
-    benchmark = write_ann_benchmarks(tmp_path / "file.hdf5", TRAIN, TEST, k=10, metric="l2")
-    found = benchmark.neighbors.copy()
-    assert benchmark.recall(found, 10) == 1.0
-    found[:, 5:] = -1
-    assert benchmark.recall(found, 10) == 0.5
-    found[:, :] = found[:, :1]
-    assert benchmark.recall(found, 10) == 0.1
-    with pytest.raises(CorpusError, match="k is 11: the file holds 10"):
-        benchmark.recall(found, 11)
+def test_the_queries_to_train_on_are_counted(tmp_path: Path) -> None:
+    """VIBE gives some files queries to train on."""
+    write_ann_benchmarks(tmp_path / "file.hdf5", TRAIN, TEST, k=10)
+    with h5py.File(tmp_path / "file.hdf5", "a") as file:
+        file.create_dataset("learn", data=np.zeros((33, 9), dtype=np.float32))
+        file.create_dataset("avg_distances", data=np.zeros(20))
+    with AnnBenchmarkFile(tmp_path / "file.hdf5") as read:
+        assert read.learn_queries == 33
 
 
 def test_files_of_others(tmp_path: Path) -> None:
@@ -121,6 +125,7 @@ def test_files_of_others(tmp_path: Path) -> None:
         ("shape", "does not fit together"),
         ("cut", "cannot be read as HDF5"),
         ("text", "cannot be read as HDF5"),
+        ("bits", "no backend searches packed bits"),
     ],
 )
 def test_bad_files(tmp_path: Path, damage: str, message: str) -> None:
@@ -132,6 +137,8 @@ def test_bad_files(tmp_path: Path, damage: str, message: str) -> None:
         with h5py.File(path, "a") as file:
             if damage == "hamming":
                 file.attrs["distance"] = "hamming"
+            elif damage == "bits":
+                file.attrs["point_type"] = "binary"
             elif damage == "sparse":
                 file.attrs["type"] = "sparse"
             elif damage == "missing":

@@ -23,7 +23,19 @@ def recollect(*arguments: str, code: int = 0, cwd: Path | None = None) -> subpro
     return answer
 
 
-VERBS = ["backends", "train", "evaluate", "memorize", "generate", "inspect", "compare", "ablate", "report", "trace"]
+VERBS = [
+    "backends",
+    "train",
+    "evaluate",
+    "memorize",
+    "generate",
+    "inspect",
+    "compare",
+    "ablate",
+    "report",
+    "trace",
+    "ann-benchmarks",
+]
 
 
 @pytest.mark.parametrize("verb", VERBS)

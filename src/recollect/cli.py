@@ -15,6 +15,7 @@ from rich.console import Console
 
 from recollect._version import __version__
 from recollect.commands.ablate import ablate
+from recollect.commands.ann_benchmarks import ann_benchmarks
 from recollect.commands.backends import backends
 from recollect.commands.compare import compare
 from recollect.commands.evaluate import evaluate
@@ -34,7 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for verb in (backends, train, evaluate, memorize, generate, inspect, compare, ablate, report, trace):
+for verb in (backends, train, evaluate, memorize, generate, inspect, compare, ablate, report, trace, ann_benchmarks):
     app.command()(verb)
 
 

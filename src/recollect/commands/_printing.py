@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -74,3 +74,52 @@ def progress_of(what: str) -> Iterator[Callable[[int, int], None]]:
             progress.update(task, description=what, completed=done, total=total)
 
         yield advance
+
+
+@contextlib.contextmanager
+def steps_of(first: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on standard error for work of several steps, on a terminal; elsewhere a line for each step.
+
+    Yields the function that takes what is being done, how much of it is done, and how much there is.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task, last = progress.add_task(first, total=None), first
+
+        def tell(what: str, done: int, total: int) -> None:
+            nonlocal last
+            if what != last and not console.is_terminal:
+                console.print(what, highlight=False, markup=False, soft_wrap=True)
+            last = what
+            progress.update(task, description=what, completed=done, total=total)
+
+        yield tell
+
+
+def figure(value: Any) -> str:
+    """A figure as people read it: four places, whole numbers grouped."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def print_rows(
+    title: str, columns: Mapping[str, str], rows: Sequence[Mapping[str, str]], *, notes: Sequence[str] = ()
+) -> None:
+    """A table with a row for each measurement to standard output, and notes below it.
+
+    Args:
+        columns: their headings by name, in order; the first stands left, the others right.
+    """
+    table = Table(title=title, title_justify="left")
+    for number, heading in enumerate(columns.values()):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True, overflow="fold")
+    for row in rows:
+        table.add_row(*(row[name] for name in columns))
+    console = Console()
+    console.print(table)
+    for note in notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
