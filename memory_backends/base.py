@@ -56,6 +56,7 @@ import torch
 from torch import Tensor
 
 from recollect.memory_backends.arguments import check_device, check_memories, check_vectors
+from recollect.memory_backends.budget import check_grown, check_planned
 from recollect.memory_backends.calls import closed_error, plain_tensors, reads, writes
 from recollect.memory_backends.declared import Declared
 from recollect.memory_backends.errors import (
@@ -67,7 +68,9 @@ from recollect.memory_backends.errors import (
 )
 from recollect.memory_backends.key_ring import KeyRing
 from recollect.memory_backends.locking import ReadersWriterLock
-from recollect.memory_backends.out_of_memory import as_out_of_memory, ran_out
+from recollect.memory_backends.options import KeyStorageOptions
+from recollect.memory_backends.out_of_memory import as_out_of_memory, check_fits, ran_out
+from recollect.memory_backends.pages import lazy_zeros
 from recollect.memory_backends.records import (
     METRICS,
     Capabilities,
@@ -96,8 +99,10 @@ class MemoryBackend(Declared, ABC):
 
     Raises:
         BackendUnavailable: the library is not installed.
+        DiskFull: the folder that the keys should lie in has no room for them.
         InvalidInput: a number is out of range.
         OutOfMemory: the keys do not fit.
+        OverBudget: keys and index would take more than `max_bytes`.
         UnsupportedOperation: the backend can't do this metric or device.
     """
 
@@ -160,11 +165,23 @@ class MemoryBackend(Declared, ABC):
         self.build_seconds = 0.0
         self.stalled_seconds = 0.0
         self._norms: Tensor | None = None
+        self.key_options = options if isinstance(options, KeyStorageOptions) else KeyStorageOptions()
+        """How the keys are stored; the defaults for a backend whose options say nothing of it."""
         doing = f"to hold the keys of a {self.spec!r} memory (num_memories={num_memories}, {capacity=}, {dim=})"
+        planned = check_planned(self)
+        if self.device.type == "cpu":
+            check_fits(planned.keys, doing)
         try:
-            self.ring = KeyRing(num_memories, capacity, dim, device=self.device)
+            self.ring = KeyRing(
+                num_memories,
+                capacity,
+                dim,
+                device=self.device,
+                storage=self.key_options.storage,
+                keys_in=self.key_options.keys_in,
+            )
             if metric == "cosine":
-                self._norms = torch.zeros(num_memories, capacity, device=self.device)
+                self._norms = lazy_zeros(num_memories, capacity, device=self.device)
         except (MemoryError, RuntimeError) as error:
             if ran_out(error):
                 raise as_out_of_memory(error, doing) from error
@@ -177,7 +194,8 @@ class MemoryBackend(Declared, ABC):
         """Indexes keys that `self.ring` already holds.
 
         Args:
-            keys: (M', T', D) float32 on `self.device`, T' = min(T, C) >= 1: the keys that stay.
+            keys: (M', T', D) float32 on `self.device`, T' = min(T, C) >= 1: the keys that stay, as the ring gives
+                them back.
             slots: (M', T') int64 on the CPU, no -1.
             memories: (M',) int64 on the CPU, distinct.
         """
@@ -205,6 +223,15 @@ class MemoryBackend(Declared, ABC):
     def _index_bytes(self) -> int:
         """Bytes of the index beside the raw keys in `self.ring`."""
         return 0
+
+    @classmethod
+    def _planned_index_bytes(cls, options: Any, *, capacity: int, dim: int, metric: str) -> int | None:
+        """Bytes of one full memory's index at most, also while it is built; None where nobody can say beforehand.
+
+        By this `max_bytes` is checked when a memory is made; whatever it says, the bytes of `_index_bytes` are held to
+        the budget at every append.
+        """
+        return 0 if cls._index_bytes is MemoryBackend._index_bytes else None
 
     def _pending_builds(self) -> int:
         """How many indexes are being built in the background."""
@@ -268,6 +295,7 @@ class MemoryBackend(Declared, ABC):
         Raises:
             InvalidInput: a wrong shape, NaN or infinity, or a memory that does not exist.
             OutOfMemory: the index cannot grow; the memory is as it was.
+            OverBudget: it would grow beyond `max_bytes`; the memory is as it was.
         """
         which = check_memories(memories, self.num_memories)
         prepared = check_vectors(keys, which, what="keys", dim=self.dim, device=self.device)
@@ -284,9 +312,11 @@ class MemoryBackend(Declared, ABC):
             if self._norms is not None and norms is not None:
                 self._norms[which.to(self.device)[:, None], kept.to(self.device)] = norms[:, -kept.shape[1] :]
             with _full_precision(self.device):
-                self._add(prepared[:, -kept.shape[1] :].contiguous(), kept, which)
+                self._add(self.ring.rounded(prepared[:, -kept.shape[1] :]).contiguous(), kept, which)
+            if self.key_options.max_bytes:
+                check_grown(self)
         except BaseException:
-            self._undo(undo, which)
+            undo.roll_back(self)
             raise
         return slots.to(keys.device)
 
@@ -323,7 +353,7 @@ class MemoryBackend(Declared, ABC):
 
     @reads
     def gather_keys(self, slots: Tensor, *, memories: Iterable[int] | Tensor | None = None) -> Tensor:
-        """The keys at `slots` as they were added, in float32.
+        """The keys at `slots` as they were added, or as near as their storage keeps them, in float32.
 
         Args:
             slots: (M', Q, K) int64, each alive in its memory or -1.
@@ -396,6 +426,8 @@ class MemoryBackend(Declared, ABC):
         with self._lock.writing:
             if not isinstance(self._refusal, ClosedMemory):
                 self._close()
+                self.ring.close()
+                self._norms = None
                 self._refusal = closed_error(self.name)
 
     def __enter__(self) -> Self:
@@ -406,35 +438,28 @@ class MemoryBackend(Declared, ABC):
     ) -> None:
         self.close()
 
-    def _undo(self, undo: Undo, which: Tensor) -> None:
-        """Brings ring and index back after a failed append."""
-        undo.restore()
-        try:
-            with _full_precision(self.device):
-                self._recover(which)
-        except BaseException as error:
-            self._refusal = UnusableMemory(
-                f"an append to this {self.name!r} memory failed, and so did bringing its index back ({error}): call "
-                "reset() for all memories, or load_backend() what was saved"
-            )
-            raise
-
     @reads
     def stats(self) -> MemoryStats:
         """Keys, bytes and build time now."""
         keys = int(self.lengths.sum())
+        norm_bytes = 0 if self._norms is None else self._norms.element_size()
         return MemoryStats(
             keys,
-            keys * self.dim * 4,
+            keys * (self.ring.key_bytes + norm_bytes),
             self._index_bytes(),
             self.build_seconds,
             self._pending_builds(),
             self.stalled_seconds,
+            keys * self.ring.mapped_key_bytes,
         )
 
     @writes
     def save(self, directory: str | Path) -> None:
-        """Writes the memory into a folder, whole or not at all: JSON and raw arrays, nothing pickled."""
+        """Writes the memory into a folder, whole or not at all: JSON and raw arrays, nothing pickled.
+
+        Raises:
+            DiskFull: there is no room; what was saved there before is as it was.
+        """
         from recollect.memory_backends.storage import save_backend
 
         save_backend(self, Path(directory))

@@ -22,15 +22,20 @@ from recollect.memory_backends.faiss_support import (
     gpu_resources,
     metric_of,
 )
+from recollect.memory_backends.options import KeyStorageOptions
 from recollect.memory_backends.threads import library_threads, set_faiss_threads
 from recollect.memory_backends.trained import TrainedBackend
 
+LIST_ROOM = 1.5
+"""Bytes that inverted lists take over those in use: they double when they are full."""
+TRAINING_POINTS = 256
+"""Keys to a cell at most in training, faiss's own default."""
 COARSE_ITERATIONS = 10
 """k-means iterations, faiss's own default for coarse quantizers."""
 
 
 @dataclass(frozen=True)
-class IvfOptions:
+class IvfOptions(KeyStorageOptions):
     """Options of every backend of inverted lists."""
 
     nlist: int = field(default=0, metadata={"help": "cells; 0: the square root of the keys learnt from"})
@@ -38,10 +43,21 @@ class IvfOptions:
     device: FaissDevice = field(default="cpu", metadata={"help": DEVICE_HELP})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.nlist < 0:
             raise ValueError(f"nlist={self.nlist} is below 0")
         if self.nprobe < 1:
             raise ValueError(f"nprobe={self.nprobe} is below 1")
+
+
+def planned_list_bytes(options: IvfOptions, capacity: int, dim: int, *, code_size: int) -> int:
+    """Bytes at most of one memory's inverted lists, the old ones beside the new ones while these are trained."""
+    cells = options.nlist or round(capacity**0.5)
+    # What `_bytes_of` counts, and the room that lists leave at their end to grow into.
+    lists = capacity * (round((code_size + 8) * LIST_ROOM) + 8) + cells * dim * 4
+    assigned = capacity * 8  # each key's cell, while they are added
+    sample = min(capacity, TRAINING_POINTS * cells) * dim * 4
+    return 2 * lists + max(assigned, 2 * sample)
 
 
 class FaissIvfBackend(TrainedBackend):

@@ -19,10 +19,20 @@ from recollect.memory_backends.pages import RESIDENT_BYTES, FileArray, lazy_zero
 
 CODES = 127
 """Largest code of an int8 key. Not 128: codes are symmetric, so that a key and its negative lose the same."""
+SCALE_BYTES = 4
+"""Of an int8 key's scale."""
 PAGES_OF_A_ROW = 16 * 4096
 """Bytes of a file that reading one row maps into the process at most: Linux maps 16 pages around the one asked for."""
 _LARGEST_BFLOAT16 = torch.finfo(torch.bfloat16).max
 _TYPES: dict[KeyStorage, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
+
+def bytes_of_key(dim: int, storage: KeyStorage, *, in_file: bool) -> tuple[int, int]:
+    """Bytes of main memory and of a file that a key of dimension `dim` takes."""
+    size = dim * _TYPES[storage].itemsize
+    if storage == "int8":
+        return size + SCALE_BYTES, dim * 4 if in_file else 0
+    return (0, size) if in_file else (size, 0)
 
 
 def encode_int8(keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,6 +191,16 @@ class KeyRing:
             gathered = gathered.masked_fill((slots < 0)[..., None], 0.0)
         return gathered
 
+    def rows(self, memory: int, places: Tensor) -> Tensor:
+        """Keys (n, D) float32 of one memory at places (n,) int64 on the ring's device, all of them written."""
+        source = self.stored if self.whole is None else self.whole
+        gathered = self.rows_of(source[memory], places)
+        if self.storage != "float32" and self.whole is None:
+            gathered = gathered.float()
+            if self.scales is not None:
+                gathered *= self.scales[memory].index_select(0, places)[:, None]
+        return gathered
+
     def rows_of(self, rows: Tensor, places: Tensor) -> Tensor:
         """`rows.index_select(0, places)` of a part (n, D) of what the ring stores, with an eye on its file."""
         if self._file is None or rows.dtype != self._file.tensor.dtype:
@@ -249,17 +269,25 @@ class KeyRing:
         """The same without names: what an append that fails must bring back."""
         return tuple(self.named_arrays().values())
 
+    def touch(self, size: int) -> None:
+        """Notes that `size` bytes of what is stored were read past the ring's own methods, where it lies in a file."""
+        if self._file is not None:
+            self._file.touch(size)
+
+    def close(self) -> None:
+        """Gives the keys' memory and file back, as soon as nobody else holds a view of them."""
+        self.stored = self.stored.new_empty(len(self.totals), 0, self.stored.shape[2])
+        self.scales = self.whole = self._file = None
+
     @property
     def key_bytes(self) -> int:
         """Bytes of main memory that a key takes."""
-        in_file = self._file is not None and self.whole is None
-        in_memory = 0 if in_file else self.stored.shape[2] * self.stored.element_size()
-        return in_memory + (0 if self.scales is None else self.scales.element_size())
+        return bytes_of_key(self.stored.shape[2], self.storage, in_file=self._file is not None)[0]
 
     @property
     def mapped_key_bytes(self) -> int:
         """Bytes of a file that a key takes, which the system keeps in main memory or not as it sees fit."""
-        return 0 if self._file is None else self.stored.shape[2] * self._file.tensor.element_size()
+        return bytes_of_key(self.stored.shape[2], self.storage, in_file=self._file is not None)[1]
 
     @property
     def nbytes(self) -> int:

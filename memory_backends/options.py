@@ -5,6 +5,7 @@ A backend's own options inherit from `KeyStorageOptions`, and the base class mak
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,10 +15,35 @@ KEY_STORAGES: tuple[KeyStorage, ...] = ("float32", "bfloat16", "int8")
 IN_MEMORY = "memory"
 IN_TEMPORARY = "temporary"
 
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{suffix}": base ** (power + 1)
+    for power, letter in enumerate("kmgt")
+    for suffix, base in (("ib", 1024), ("b", 1000))
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*\Z")
 
-@dataclass(frozen=True)
+
+def parse_bytes(text: str) -> int:
+    """Bytes as people write them, such as 2GiB, 500MB or 1.5 TiB; a bare number is bytes.
+
+    Raises:
+        ValueError: it is not so written, or not above zero.
+    """
+    match = _SIZE.match(text)
+    unit = _UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None:
+        raise ValueError(
+            f"{text!r} is no number of bytes: write 2GiB, 500MB or 1000000 (units are B, kB, KiB, MB ... TiB)"
+        )
+    size = int(float(match[1]) * unit)
+    if size < 1:
+        raise ValueError(f"{text!r} is no budget: it must be at least one byte")
+    return size
+
+
+@dataclass(frozen=True, kw_only=True)
 class KeyStorageOptions:
-    """Options of every backend that keeps its raw keys in the key ring."""
+    """Options of every backend that keeps its raw keys in the key ring; by keyword, whatever a subclass adds."""
 
     storage: KeyStorage = field(
         default="float32",
@@ -34,3 +60,17 @@ class KeyStorageOptions:
         default="",
         metadata={"help": "refuse to be made if keys and index would take more main memory than this, such as 2GiB"},
     )
+
+    def __post_init__(self) -> None:
+        if not self.keys_in:
+            raise ValueError("keys_in is empty: write memory, temporary or a folder")
+        if self.max_bytes:
+            try:
+                parse_bytes(self.max_bytes)
+            except ValueError as error:
+                raise ValueError(f"max_bytes={error}") from None
+
+    @property
+    def budget(self) -> int | None:
+        """`max_bytes` as a number; None where no budget is stated."""
+        return parse_bytes(self.max_bytes) if self.max_bytes else None

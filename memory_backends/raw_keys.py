@@ -21,11 +21,10 @@ def true_scores(ring: KeyRing, queries: Tensor, slots: Tensor, memories: Tensor,
     scores = torch.empty(slots.shape, device=queries.device)
     step = max(1, GATHERED_FLOATS // (candidates * queries.shape[2]))
     for row, memory in enumerate(memories.tolist()):
-        rows = ring.keys[memory]
         for start in range(0, count, step):
             stop = min(count, start + step)
             places = slots[row, start:stop].clamp(min=0)
-            keys = rows.index_select(0, places.flatten()).view(stop - start, candidates, -1)
+            keys = ring.rows(memory, places.flatten()).view(stop - start, candidates, -1)
             asked = queries[row, start:stop]
             if metric == "l2":
                 scores[row, start:stop] = -(keys - asked[:, None]).square().sum(-1)

@@ -66,11 +66,12 @@ class MemoryStats:
 
     Attributes:
         keys: keys alive.
-        key_bytes: bytes of the raw keys alive, which `gather_keys` answers from.
+        key_bytes: bytes of main memory of the raw keys alive, which `gather_keys` answers from.
         index_bytes: bytes of the index beside the raw keys.
         build_seconds: time spent so far in training and building indexes.
         pending_builds: indexes that are being built in the background now.
         stalled_seconds: time that appends and searches have waited so far for builds in the background.
+        mapped_bytes: bytes of the raw keys alive that lie in a memory-mapped file.
     """
 
     keys: int
@@ -79,10 +80,11 @@ class MemoryStats:
     build_seconds: float
     pending_builds: int = 0
     stalled_seconds: float = 0.0
+    mapped_bytes: int = 0
 
     @property
     def bytes_per_key(self) -> float:
-        """Bytes of raw keys and index together for each key alive; 0.0 for an empty memory."""
+        """Bytes of main memory of raw keys and index together for each key alive; 0.0 for an empty memory."""
         return (self.key_bytes + self.index_bytes) / self.keys if self.keys else 0.0
 
 

@@ -13,6 +13,7 @@ import importlib
 import importlib.metadata
 import inspect
 import pkgutil
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from recollect.memory_backends import implementations
 from recollect.memory_backends.base import Capabilities, MemoryBackend
 from recollect.memory_backends.errors import CorruptMemory, InvalidSpec, MemoryBackendError, UnknownBackend
+from recollect.memory_backends.options import KeyStorageOptions
 from recollect.memory_backends.spec import format_spec, make_options, options_given, parse_spec
 
 ENTRY_POINT_GROUP = "recollect.memory_backends"
@@ -224,16 +226,17 @@ def describe_backend(name: str) -> BackendInfo:
     """What there is to say about one backend."""
     cls = backend_class(name)
     missing = cls.missing_requirements()
-    hints = inspect.get_annotations(cls.Options)
+    hints = typing.get_type_hints(cls.Options)
+    shared = {field.name for field in dataclasses.fields(KeyStorageOptions)}
     options = tuple(
         OptionInfo(
             name=field.name,
-            type=_type_name(hints.get(field.name, field.type)),
+            type=_type_name(hints[field.name]),
             default=None if field.default is dataclasses.MISSING else field.default,
             help=str(field.metadata.get("help", "")),
             changeable=field.name in cls.search_options,
         )
-        for field in dataclasses.fields(cls.Options)
+        for field in sorted(dataclasses.fields(cls.Options), key=lambda field: field.name in shared)  # its own first
     )
     return BackendInfo(
         name=name,
@@ -254,4 +257,6 @@ def list_backends() -> tuple[BackendInfo, ...]:
 
 
 def _type_name(hint: Any) -> str:
-    return hint if isinstance(hint, str) else getattr(hint, "__name__", str(hint))
+    if typing.get_origin(hint) is typing.Literal:
+        return " | ".join(map(repr, typing.get_args(hint)))
+    return hint.__name__ if isinstance(hint, type) else str(hint)

@@ -32,9 +32,10 @@ import torch
 from torch import Tensor
 
 from recollect.memory_backends.base import MemoryBackend
-from recollect.memory_backends.block_topk import search_by_score
 from recollect.memory_backends.errors import InvalidSpec
+from recollect.memory_backends.options import KeyStorageOptions
 from recollect.memory_backends.raw_keys import rescore
+from recollect.memory_backends.ring_search import search_ring
 from recollect.memory_backends.threads import run_all
 
 PARTS = 4
@@ -44,7 +45,7 @@ SMALLEST_PART = 32
 
 
 @dataclass(frozen=True)
-class PartOptions:
+class PartOptions(KeyStorageOptions):
     """Options of every backend that is made of sealed parts."""
 
     part_size: int = field(
@@ -53,6 +54,7 @@ class PartOptions:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.part_size < 0:
             raise ValueError(f"part_size={self.part_size} is below 0")
 
@@ -79,7 +81,6 @@ class SegmentedBackend(MemoryBackend):
         blocks = -(-self.capacity // part_size)
         self.bounds = [block * self.capacity // blocks for block in range(blocks + 1)]
         """P + 1 slots: block b is slots bounds[b] to bounds[b + 1] - 1."""
-        self._plain_metric = "l2" if self.metric == "l2" else "inner_product"
         self.parts: list[list[Any]] = [[None] * blocks for _ in range(self.num_memories)]
         """The sealed part of each memory and block, None where the block is not sealed."""
 
@@ -173,7 +174,7 @@ class SegmentedBackend(MemoryBackend):
         self.build_seconds += time.perf_counter() - started
 
     def _build_task(self, memory: int, block: int) -> Callable[[], Any]:
-        keys = self.ring.keys[memory, self.bounds[block] : self.bounds[block + 1]].cpu().numpy()
+        keys = self.ring.chunk(memory, self.bounds[block], self.bounds[block + 1]).cpu().numpy()
         # Not Python's hash: it differs from run to run for some types, and this must not.
         seed = (self.seed * 1_000_003 + memory * 1_009 + block) % (2**31 - 1)
         return functools.partial(self._build_part, keys, seed)
@@ -235,8 +236,5 @@ class SegmentedBackend(MemoryBackend):
                 for memory, length in zip(which, lengths, strict=True)
             ]
             if any(alive):
-                scores, slots = search_by_score(
-                    queries, self.ring.keys[:, start:stop], alive, k, memories=which, metric=self._plain_metric
-                )
-                found.append((scores, slots + start))
+                found.append(search_ring(self.ring, queries, k, which, alive, self.metric, first=start))
         return found

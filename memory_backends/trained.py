@@ -27,9 +27,10 @@ from torch import Tensor
 
 from recollect.memory_backends.atomic import write_json
 from recollect.memory_backends.base import MemoryBackend
-from recollect.memory_backends.block_topk import search_by_score, select_top
+from recollect.memory_backends.block_topk import select_top
 from recollect.memory_backends.errors import CorruptMemory
 from recollect.memory_backends.raw_keys import true_scores
+from recollect.memory_backends.ring_search import search_ring
 from recollect.memory_backends.threads import run_all
 
 FEWEST_KEYS = 32
@@ -133,14 +134,7 @@ class TrainedBackend(MemoryBackend):
         exactly = [row for row, memory in enumerate(which) if self.indexes[memory] is None]
         if exactly:
             some = [length if row in set(exactly) else 0 for row, length in enumerate(lengths)]
-            scores, slots = search_by_score(
-                queries,
-                self.ring.keys,
-                some,
-                k,
-                memories=which,
-                metric="l2" if self.metric == "l2" else "inner_product",
-            )
+            scores, slots = search_ring(self.ring, queries, k, which, some, self.metric)
             if len(exactly) == len(which):
                 return scores, slots
         width = max(k, self._fetch(k))
@@ -181,7 +175,7 @@ class TrainedBackend(MemoryBackend):
         return grown or total >= self.learnt_at[memory] + self.capacity
 
     def _training(self, memory: int) -> Callable[[], Any]:
-        keys = self.ring.keys[memory, : int(self.ring.lengths[memory])].cpu().numpy()
+        keys = self.ring.chunk(memory, 0, int(self.ring.lengths[memory])).cpu().numpy()
         seed = (self.seed * 1_000_003 + memory) % (2**31 - 1)
         older = self.indexes[memory] if self.learnt[memory] == len(keys) else None
         return functools.partial(self._train, keys, seed, older, int(self.ring.totals[memory]) // self.capacity)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+from recollect.memory_backends.errors import UnusableMemory
 from recollect.memory_backends.key_ring import KeyRing
+
+if TYPE_CHECKING:
+    from recollect.memory_backends.base import MemoryBackend
 
 
 class Undo:
@@ -40,3 +46,16 @@ class Undo:
         for array, rows in self.kept:
             array[self.rows, self.slots] = rows
         self.ring.totals[self.memories] = self.totals
+
+    def roll_back(self, backend: MemoryBackend) -> None:
+        """Brings ring and index of `backend` back after a failed append; refuses its use where that fails too."""
+        self.restore()
+        try:
+            with torch.autocast(backend.device.type, enabled=False):
+                backend._recover(self.memories)
+        except BaseException as error:
+            backend._refusal = UnusableMemory(
+                f"an append to this {backend.name!r} memory failed, and so did bringing its index back ({error}): call "
+                "reset() for all memories, or load_backend() what was saved"
+            )
+            raise

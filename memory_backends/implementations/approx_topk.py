@@ -24,6 +24,7 @@ from torch import Tensor
 from recollect.memory_backends.base import Capabilities, MemoryBackend
 from recollect.memory_backends.block_topk import select_top
 from recollect.memory_backends.errors import InvalidInput, InvalidSpec
+from recollect.memory_backends.options import KeyStorageOptions
 from recollect.memory_backends.ring_search import search_ring
 
 LANES = 128
@@ -86,7 +87,7 @@ def select_by_buckets(scores: Tensor, k: int, *, buckets: int) -> tuple[Tensor, 
 
 
 @dataclass(frozen=True)
-class ApproxTopKOptions:
+class ApproxTopKOptions(KeyStorageOptions):
     """Options of `approx-topk`."""
 
     recall_target: float = field(
@@ -97,6 +98,7 @@ class ApproxTopKOptions:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.recall_target <= 1:
             raise InvalidSpec(f"'approx-topk': recall_target={self.recall_target!r} is not above 0 and at most 1")
         if self.buckets is not None and self.buckets < 1:

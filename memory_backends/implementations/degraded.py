@@ -21,6 +21,7 @@ from torch import Tensor
 
 from recollect.memory_backends.base import Capabilities, MemoryBackend
 from recollect.memory_backends.errors import InvalidSpec
+from recollect.memory_backends.options import KeyStorageOptions
 from recollect.memory_backends.ring_search import search_ring
 
 # Multipliers of SplitMix64 (Steele, Lea and Flood 2014), as signed numbers since torch has no shift on unsigned ones.
@@ -62,13 +63,14 @@ def hidden(queries: Tensor, slots: Tensor, memories: Tensor, *, rate: float, see
 
 
 @dataclass(frozen=True)
-class DegradedOptions:
+class DegradedOptions(KeyStorageOptions):
     """Options of `degraded`."""
 
     drop: float = field(default=0.1, metadata={"help": "share of the keys hidden from a query, 0 to below 1"})
     fill: bool = field(default=True, metadata={"help": "let the next best keys take the places of the missed ones"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.drop < 1:
             raise InvalidSpec(f"'degraded': drop={self.drop!r} is not at least 0 and below 1")
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from recollect.memory_backends.base import Capabilities, MemoryBackend
+from recollect.memory_backends.options import KeyStorageOptions
 from recollect.memory_backends.ring_search import search_ring
 
 
@@ -15,6 +16,7 @@ class Exact(MemoryBackend):
 
     name = "exact"
     summary = "exact search, torch matrix product and top-k by block maxima"
+    Options: ClassVar[type] = KeyStorageOptions
     capabilities: ClassVar[Capabilities] = Capabilities(exact=True, devices=("cpu", "cuda", "mps"))
     recall_floor = 1.0
 

@@ -19,11 +19,13 @@ from recollect.memory_backends.faiss_support import (
     gpu_resources,
     metric_of,
 )
+from recollect.memory_backends.options import IN_MEMORY, KeyStorageOptions
+from recollect.memory_backends.ring_search import DECODED_FLOATS
 from recollect.memory_backends.threads import library_threads, run_all, set_faiss_threads
 
 
 @dataclass(frozen=True)
-class FaissFlatOptions:
+class FaissFlatOptions(KeyStorageOptions):
     """Options of `faiss-flat`."""
 
     device: FaissDevice = field(default="cpu", metadata={"help": DEVICE_HELP})
@@ -51,7 +53,7 @@ class FaissFlat(MemoryBackend):
         if self.options.device == "cuda":
             self._resources = gpu_resources(self.faiss, self.name)
             self.import_library("faiss.contrib.torch_utils")  # lets knn_gpu take tensors
-            self._gpu_keys = torch.zeros_like(self.ring.keys, device="cuda")
+            self._gpu_keys = torch.zeros(self.num_memories, self.capacity, self.dim, device="cuda")
 
     def _add(self, keys: Tensor, slots: Tensor, memories: Tensor) -> None:
         if self._gpu_keys is not None:
@@ -84,13 +86,30 @@ class FaissFlat(MemoryBackend):
         def search(row: int) -> None:
             found = min(k, lengths[row])
             set_faiss_threads(self.faiss, threads)
-            keys = self.ring.keys[which[row], : lengths[row]].numpy()
-            distances, places = self.faiss.knn(asked[row], keys, found, metric=self._metric)
-            scores[row, :, :found] = torch.from_numpy(as_scores(distances, self.metric))
-            slots[row, :, :found] = torch.from_numpy(np.asarray(places, dtype=np.int64))
+            scores[row, :, :found], slots[row, :, :found] = self._knn(asked[row], which[row], lengths[row], found)
 
         run_all([functools.partial(search, row) for row, length in enumerate(lengths) if length])
         return scores, slots
+
+    def _knn(self, queries: np.ndarray, memory: int, length: int, k: int) -> tuple[Tensor, Tensor]:
+        """The k <= length best scores and slots (Q, k); keys that are not stored as such are decoded some at a time."""
+        whole = self.key_options.storage == "float32" and self.key_options.keys_in == IN_MEMORY
+        step = length if whole else DECODED_FLOATS // self.dim
+        scores, slots = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+        for start in range(0, length, step):
+            keys = self.ring.chunk(memory, start, min(length, start + step)).numpy()
+            distances, places = self.faiss.knn(queries, keys, min(k, len(keys)), metric=self._metric)
+            found = torch.from_numpy(as_scores(distances, self.metric))
+            where = torch.from_numpy(np.asarray(places, dtype=np.int64))
+            if whole:
+                return found, where
+            scores, order = torch.cat((scores, found), 1).topk(min(k, scores.shape[1] + found.shape[1]), dim=1)
+            slots = torch.cat((slots, where + start), 1).gather(1, order)
+        return scores, slots
+
+    @classmethod
+    def _planned_index_bytes(cls, options: FaissFlatOptions, *, capacity: int, dim: int, metric: str) -> int:
+        return 0  # of main memory
 
     def _index_bytes(self) -> int:
         if self._gpu_keys is None:

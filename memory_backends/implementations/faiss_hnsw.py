@@ -79,6 +79,12 @@ class FaissHnsw(SegmentedBackend):
         scores = as_scores(distances, self.metric)
         return (scores if mean is None else scores + (queries @ mean)[:, None]), positions
 
+    @classmethod
+    def _planned_index_bytes(cls, options: FaissHnswOptions, *, capacity: int, dim: int, metric: str) -> int:
+        # As `_part_bytes`, with a few upper layers; and beside it the centred keys of a part while it is built.
+        links = (2 * options.M + 2) * 4 + 8 + 4
+        return capacity * (dim * 4 + links) + capacity * dim * 4
+
     def _part_bytes(self, part: tuple[Any, np.ndarray | None]) -> int:
         # Vectors, links (32 bits each), their offsets (64) and levels (32), and the mean.
         index, mean = part

@@ -9,8 +9,9 @@ import numpy as np
 
 from recollect.memory_backends.base import Capabilities
 from recollect.memory_backends.errors import InvalidSpec
-from recollect.memory_backends.faiss_ivf_support import FaissIvfBackend, IvfOptions
+from recollect.memory_backends.faiss_ivf_support import FaissIvfBackend, IvfOptions, planned_list_bytes
 from recollect.memory_backends.faiss_support import as_scores
+from recollect.memory_backends.options import IN_MEMORY
 from recollect.memory_backends.threads import library_threads, set_faiss_threads
 
 CODEBOOK_ITERATIONS = 4
@@ -44,6 +45,11 @@ class FaissIvfpqOptions(IvfOptions):
             raise ValueError(f"k_factor={self.k_factor} is below 1")
 
 
+def sub_vectors(asked: int, dim: int) -> int:
+    """How many sub-vectors a key of dimension `dim` is cut into; some 4 numbers each unless a number is asked for."""
+    return asked or next(dim // size for size in (4, 5, 3, 2, 6, 7, 1) if dim % size == 0)
+
+
 class FaissIvfpq(FaissIvfBackend):
     """Lists hold codes of m sub-vectors; scores are those of the raw keys, never of the codes."""
 
@@ -60,7 +66,7 @@ class FaissIvfpq(FaissIvfBackend):
 
     def __init__(self, options: Any = None, **arguments: Any) -> None:
         super().__init__(options, **arguments)
-        self.m = self.options.m or next(self.dim // size for size in (4, 5, 3, 2, 6, 7, 1) if self.dim % size == 0)
+        self.m = sub_vectors(self.options.m, self.dim)
         if self.dim % self.m:
             raise InvalidSpec(f"{self.name!r}: m={self.m} does not divide the keys' dimension {self.dim}")
         entries = 2**self.options.nbits
@@ -92,6 +98,8 @@ class FaissIvfpq(FaissIvfBackend):
         return max(2**self.options.nbits, self.options.nlist)
 
     def _true_scores(self, memory: int, queries: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        if self.key_options.storage != "float32" or self.key_options.keys_in != IN_MEMORY:
+            return super()._true_scores(memory, queries, positions)
         # What faiss's own IndexRefine calls: half the time of gathering the keys first.
         set_faiss_threads(self.faiss, library_threads())
         scores = np.empty(positions.shape, dtype=np.float32)
@@ -103,6 +111,14 @@ class FaissIvfpq(FaissIvfBackend):
 
     def _fetch(self, k: int) -> int:
         return k * self.options.k_factor
+
+    @classmethod
+    def _planned_index_bytes(cls, options: FaissIvfpqOptions, *, capacity: int, dim: int, metric: str) -> int:
+        m, entries = sub_vectors(options.m, dim), 2**options.nbits
+        cells = options.nlist or round(capacity**0.5)
+        tables = cells * m * entries * 4 if metric == "l2" else 0
+        codes = planned_list_bytes(options, capacity, dim, code_size=-(-m * options.nbits // 8))
+        return codes + entries * dim * 4 + tables
 
     def _bytes_of(self, index: Any, keys: int) -> int:
         return super()._bytes_of(index, keys) + 2**self.options.nbits * self.dim * 4

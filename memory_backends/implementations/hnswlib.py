@@ -94,6 +94,12 @@ class Hnswlib(SegmentedBackend):
                     all_labels[row, :middle], all_distances[row, :middle] = labels[0], distances[0]
         return all_labels, all_distances
 
+    @classmethod
+    def _planned_index_bytes(cls, options: HnswlibOptions, *, capacity: int, dim: int, metric: str) -> int:
+        # As `_part_bytes`, with a few upper layers; and beside it the centred keys of a part while it is built.
+        links = (2 * options.M + 2) * 4 + 16 + 8
+        return capacity * (dim * 4 + links) + capacity * dim * 4
+
     def _part_bytes(self, part: tuple[Any, np.ndarray | None]) -> int:
         index, mean = part
         return int(index.index_file_size()) + (0 if mean is None else mean.nbytes)

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from recollect.memory_backends.base import Capabilities, MemoryBackend
+from recollect.memory_backends.budget import plan_bytes
 from recollect.memory_backends.calls import reads
 from recollect.memory_backends.errors import InvalidInput, InvalidSpec, UnknownBackend, UnsupportedOperation
+from recollect.memory_backends.options import IN_MEMORY, KeyStorageOptions
 from recollect.memory_backends.raw_keys import rescore
 from recollect.memory_backends.records import METRICS, MemoryStats
 from recollect.memory_backends.registry import (
@@ -39,7 +41,7 @@ SOURCE = "approx-topk"
 
 
 @dataclass(frozen=True)
-class RerankOptions:
+class RerankOptions(KeyStorageOptions):
     """Options of `rerank`; `source` is kept in its canonical form."""
 
     source: str = field(
@@ -53,6 +55,7 @@ class RerankOptions:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.candidates < 1:
             raise ValueError(f"candidates={self.candidates} is below 1")
         try:
@@ -98,7 +101,7 @@ class Rerank(MemoryBackend):
             )
         except InvalidSpec as error:
             raise InvalidSpec(f"{NAME!r}: source={self.options.source!r}: {error}") from error
-        self.shares_keys = self.source.ring.storage == "float32" and not self.source.ring.mapped_key_bytes
+        self.shares_keys = _reads_shared_keys(self.source.options)
         """Whether the source reads the keys where this backend keeps them."""
         if self.shares_keys:
             self.source.ring = self.ring
@@ -121,6 +124,14 @@ class Rerank(MemoryBackend):
         source = build_spec(options.source)
         given = super().build_options(options)
         return {**given, "source": source} if source != SOURCE else given
+
+    @classmethod
+    def _planned_index_bytes(cls, options: RerankOptions, *, capacity: int, dim: int, metric: str) -> int | None:
+        source, own = class_and_options(options.source)
+        planned = plan_bytes(source, own, num_memories=1, capacity=capacity, dim=dim, metric=_metric_of_source(metric))
+        if planned.index is None:
+            return None
+        return planned.index + (0 if _reads_shared_keys(own) else planned.keys)
 
     # The contract -----------------------------------------------------------------------------------------------------
 
@@ -206,6 +217,11 @@ class Rerank(MemoryBackend):
         return dataclasses.replace(
             found, build_seconds=self.source.build_seconds, stalled_seconds=self.source.stalled_seconds
         )
+
+
+def _reads_shared_keys(options: Any) -> bool:
+    """Whether a source with these options asks for no storage of its own."""
+    return not isinstance(options, KeyStorageOptions) or (options.storage == "float32" and options.keys_in == IN_MEMORY)
 
 
 def _metric_of_source(metric: str) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 
 from recollect.memory_backends.base import Capabilities
 from recollect.memory_backends.errors import InvalidSpec
+from recollect.memory_backends.options import KeyStorageOptions
 from recollect.memory_backends.records import Requirement
 from recollect.memory_backends.trained import TrainedBackend
 
@@ -29,7 +30,7 @@ _stderr = threading.Lock()
 
 
 @dataclass(frozen=True)
-class ScannOptions:
+class ScannOptions(KeyStorageOptions):
     """Options of `scann`, named as in its builder."""
 
     num_leaves: int = field(default=0, metadata={"help": "cells; 0: the square root of the keys learnt from"})
@@ -40,6 +41,7 @@ class ScannOptions:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, least in (
             ("num_leaves", 0),
             ("num_leaves_to_search", 1),
@@ -118,6 +120,13 @@ class Scann(TrainedBackend):
         # A missing neighbour is position 0 with the score NaN: row 0 was not found.
         places = np.where(np.isnan(scores), -1, positions.astype(np.int64))
         return (-scores if self.metric == "l2" else scores), places
+
+    @classmethod
+    def _planned_index_bytes(cls, options: ScannOptions, *, capacity: int, dim: int, metric: str) -> int:
+        # The old index beside the new one while it is trained, each as `_bytes_of` estimates it.
+        blocks = -(-dim // options.dimensions_per_block)
+        leaves = options.num_leaves or round(capacity**0.5)
+        return 2 * (capacity * (dim * 4 + -(-blocks // 2) + 8) + (leaves + 16) * dim * 4)
 
     def _bytes_of(self, index: Any, keys: int) -> int:
         # An estimate, ScaNN does not say: whole keys, half a byte to a code, a cell number of 4 bytes and an id of 4
