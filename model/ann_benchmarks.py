@@ -203,6 +203,7 @@ def write_ann_benchmarks(
     metric: str = "inner_product",
     augment: bool = True,
     metadata: Mapping[str, Any] | None = None,
+    beside: Mapping[str, NDArray[Any]] | None = None,
     on_queries: Callable[[int, int], None] | None = None,
 ) -> AnnBenchmark:
     """Writes keys `train` (N, D) and queries `test` (Q, D) with their k true neighbours; whole or not at all.
@@ -210,6 +211,7 @@ def write_ann_benchmarks(
     metric: what orders the keys. `inner_product` is written as `angular` with one more dimension, which every tool
     that reads ann-benchmarks understands; with `augment=False` as `ip`, which VIBE reads, keys and queries untouched.
     metadata: JSON, kept in the attribute `recollect`.
+    beside: further datasets, which other readers pass over.
     on_queries: told how many of how many queries have their neighbours.
 
     Returns what the file holds. Raises CorpusError for shapes that do not fit, k beyond N, an unknown metric.
@@ -237,6 +239,8 @@ def write_ann_benchmarks(
         file.create_dataset("test", data=test)
         file.create_dataset("neighbors", data=neighbors.astype(np.int32))
         file.create_dataset("distances", data=distances.astype(np.float32))
+        for name, values in (beside or {}).items():
+            file.create_dataset(name, data=values)
     return AnnBenchmark(train, test, neighbors, distances, distance)
 
 

@@ -123,9 +123,13 @@ class Recording:
 
 
 class _Listener:
-    """Stands in for a layer's memory: keeps what the layer asks and appends, and finds nothing."""
+    """Stands in for a layer's memory: keeps what the layer asks and appends.
 
-    def __init__(self) -> None:
+    memory: answers, where a layer above needs the answer; None finds nothing.
+    """
+
+    def __init__(self, memory: LayerMemory | None = None) -> None:
+        self.memory = memory
         self.queries: list[Tensor] = []
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -134,6 +138,8 @@ class _Listener:
     def attend(self, queries: Tensor, scale: Tensor) -> Retrieved:
         self.queries.append(_per_memory(queries))
         self.scale = scale.detach().float().cpu()
+        if self.memory is not None:
+            return self.memory.attend(queries, scale)
         per_query = torch.zeros(queries.shape[:3], device=queries.device)[..., None]
         return Retrieved(
             remembered=torch.zeros_like(queries, dtype=torch.float32),
@@ -146,6 +152,16 @@ class _Listener:
     def append(self, keys: Tensor, values: Tensor) -> None:
         self.keys.append(_per_memory(keys))
         self.values.append(_per_memory(values))
+        if self.memory is not None:
+            self.memory.append(keys, values)
+
+    def reset_rows(self, rows: Tensor) -> None:
+        if self.memory is not None:
+            self.memory.reset_rows(rows)
+
+    def recording(self, document_starts: Tensor, heads: int) -> Recording:
+        queries, keys, values = (torch.stack(part) for part in (self.queries, self.keys, self.values))
+        return Recording(queries, keys, values, document_starts, self.scale, heads)
 
 
 def _per_memory(vectors: Tensor) -> Tensor:
@@ -153,7 +169,6 @@ def _per_memory(vectors: Tensor) -> Tensor:
     return vectors.detach().flatten(0, 1).float().cpu().contiguous()
 
 
-@torch.no_grad()
 def record(model: MemorizingTransformer, trunk: TrunkOutput) -> Recording:
     """Records what the first memory layer asks and appends on a text. Only that one layer is computed.
 
@@ -161,6 +176,45 @@ def record(model: MemorizingTransformer, trunk: TrunkOutput) -> Recording:
         ValueError: the model has no memory layer.
         ConfigurationError: its memory stores hidden states.
     """
+    (recording,) = _record(model, trunk, model.config.memory_layers[:1], 0, 1, lambda done, total: None).values()
+    return recording
+
+
+def record_layers(
+    model: MemorizingTransformer,
+    trunk: TrunkOutput,
+    *,
+    memory_size: int | None = None,
+    k: int | None = None,
+    on_segment: Callable[[int, int], None] | None = None,
+) -> dict[int, Recording]:
+    """Records every memory layer on a text, by the layer's number.
+
+    What a layer above the first asks depends on what the ones below it found: they search exactly.
+
+    Args:
+        memory_size: keys that each memory of those layers holds; None is the configuration's.
+        k: neighbours that they find; None is the configuration's.
+        on_segment: told how many of how many segments are done.
+
+    Raises:
+        ValueError, ConfigurationError: as for `record`.
+    """
+    size = model.config.memory_size if memory_size is None else memory_size
+    tell = on_segment or (lambda done, total: None)
+    return _record(model, trunk, model.config.memory_layers, size, model.config.k if k is None else k, tell)
+
+
+@torch.no_grad()
+def _record(
+    model: MemorizingTransformer,
+    trunk: TrunkOutput,
+    layers: tuple[int, ...],
+    memory_size: int,
+    k: int,
+    tell: Callable[[int, int], None],
+) -> dict[int, Recording]:
+    """Records `layers`, the first memory layer or all; nothing above the last of them is computed."""
     config = model.config
     if not config.memory_layers:
         raise ValueError("this model has no memory layer, so there is nothing to record: choose another checkpoint")
@@ -169,26 +223,32 @@ def record(model: MemorizingTransformer, trunk: TrunkOutput) -> Recording:
             f"this model has memory_key={config.memory_key!r}, one memory a row with queries of every head; a "
             "recording is of one memory a head: choose a checkpoint with memory_key='key'"
         )
-    layer = model.layers[config.first_upper_layer]
-    state = model.initial_upper_state(trunk.rows, memory_size=0).layers[0]
-    listener = _Listener()
-    memory: Any = listener
+    first, last = config.first_upper_layer, layers[-1]
+    several = len(layers) > 1
+    if several and memory_size < 1:
+        raise ValueError(f"memory_size is {memory_size}: layers above the first ask what the ones below found; want 1")
+    state = model.initial_upper_state(trunk.rows, memory_size=memory_size if several else 0, k=k)
+    # Of the last one nobody needs an answer.
+    memories: list[Any] = [*state.memories[: len(layers) - 1], None]
+    listeners = {layer: _Listener(memory) for layer, memory in zip(layers, memories, strict=True)}
+    states = state.layers[: last - first + 1]
     was_training = model.training
     model.eval()
     try:
         for number in range(trunk.segments):
             starts = trunk.text.document_starts[number].to(model.device)
-            _, state = layer(trunk.hidden_of(number).to(model.device), state.without(starts), memory)
+            hidden = trunk.hidden_of(number).to(model.device)
+            for listener in listeners.values():
+                listener.reset_rows(starts)
+            for place, layer in enumerate(range(first, last + 1)):
+                memory: Any = listeners.get(layer)
+                hidden, states[place] = model.layers[layer](hidden, states[place].without(starts), memory)
+            tell(number + 1, trunk.segments)
     finally:
         model.train(was_training)
-    return Recording(
-        queries=torch.stack(listener.queries),
-        keys=torch.stack(listener.keys),
-        values=torch.stack(listener.values),
-        document_starts=trunk.text.document_starts,
-        scale=listener.scale,
-        heads=config.heads,
-    )
+    return {
+        layer: listener.recording(trunk.text.document_starts, config.heads) for layer, listener in listeners.items()
+    }
 
 
-__all__ = ["LayerMemory", "ObservedBackend", "Recording", "SearchObserver", "record"]
+__all__ = ["LayerMemory", "ObservedBackend", "Recording", "SearchObserver", "record", "record_layers"]

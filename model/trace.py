@@ -1,4 +1,4 @@
-"""Traces: the recorded workload of a memory layer on real text, kept in one HDF5 file and replayed causally.
+"""Traces: the recorded workload of a memory layer on real text, replayed causally (`trace_file` keeps them).
 
 Legend: S steps (segments), B batch rows, H heads, M memories (M = B*H, m = b*H + h), T tokens, D head dimension.
 
@@ -9,27 +9,19 @@ before its step.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import h5py
-import numpy as np
 import torch
 from torch import Tensor
 
 from recollect.memory_backends import MemoryBackend, SearchResult
-from recollect.memory_backends.atomic import atomic_file
-from recollect.model.ann_benchmarks import AnnBenchmark, load_ann_benchmarks, write_ann_benchmarks
 from recollect.model.documents import CorpusError
 
-__all__ = ["Trace", "TraceStep", "export_ann_benchmarks", "load_ann_benchmarks", "load_trace", "replay"]
-
-FORMAT = "recollect trace"
-VERSION = 1
-DATASETS = ("queries", "keys", "values", "document_starts", "lengths", "scale")
+NEIGHBORS = 32
+"""True neighbours of each query that a file holds where nothing else is said."""
 
 
 class RecordingLike(Protocol):
@@ -71,6 +63,8 @@ class Trace:
     lengths: (S, B) int64, tokens of text in the segment; T everywhere where none is given.
     scale: (H,) float32, times an inner product gives the layer's logit; 1 everywhere where none is given.
     metadata: JSON values: where the trace comes from.
+    layer: the layer's number in its model; None where it is not known.
+    memory_size: keys that a memory holds, beyond which the oldest are evicted; None evicts nothing.
     """
 
     queries: Tensor
@@ -80,6 +74,8 @@ class Trace:
     lengths: Tensor | None = None
     scale: Tensor | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    layer: int | None = None
+    memory_size: int | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.queries.shape)
@@ -100,6 +96,8 @@ class Trace:
             object.__setattr__(self, "lengths", torch.full(starts.shape, shape[2], dtype=torch.int64))
         if self.scale is None:
             object.__setattr__(self, "scale", torch.ones(shape[1] // starts.shape[1]))
+        if self.memory_size is not None and self.memory_size < 1:
+            raise CorpusError(f"memory_size of a trace is 1 or more, or None to evict nothing; here {self.memory_size}")
         lengths, scale = self.text_lengths, self.logit_scale
         if lengths.shape != starts.shape or scale.shape != (self.heads,):
             raise CorpusError(
@@ -108,11 +106,18 @@ class Trace:
 
     @classmethod
     def of(
-        cls, recording: RecordingLike, *, lengths: Tensor | None = None, metadata: Mapping[str, Any] | None = None
+        cls,
+        recording: RecordingLike,
+        *,
+        lengths: Tensor | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        layer: int | None = None,
+        memory_size: int | None = None,
     ) -> Trace:
         """A trace of what `record` listened to; `lengths` (S, B) says how much of each segment is text."""
         parts = (recording.queries, recording.keys, recording.values, recording.document_starts)
-        return cls(*parts, lengths=lengths, scale=recording.scale, metadata=metadata or {})
+        about: dict[str, Any] = {"metadata": metadata or {}, "layer": layer, "memory_size": memory_size}
+        return cls(*parts, lengths=lengths, scale=recording.scale, **about)
 
     @property
     def num_memories(self) -> int:
@@ -133,6 +138,26 @@ class Trace:
     def dim(self) -> int:
         """D."""
         return int(self.queries.shape[3])
+
+    @property
+    def capacity(self) -> int:
+        """Keys that a memory holds at most: `memory_size`, or all that are ever appended."""
+        return len(self) * int(self.queries.shape[2]) if self.memory_size is None else self.memory_size
+
+    @property
+    def first_keys(self) -> Tensor:
+        """(S, B) int64: the number of the oldest key that the memories of a row hold when a step searches.
+
+        Key number n of a memory came with step n // T. A search at step s finds keys from this number to before s * T:
+        those of the same document that are not evicted yet. Where the two are equal the memory is empty.
+        """
+        tokens = int(self.queries.shape[2])
+        first = torch.zeros(self.rows, dtype=torch.int64)
+        every = []
+        for number, starts in enumerate(self.document_starts):
+            first = torch.where(starts, number * tokens, first).clamp(min=number * tokens - self.capacity)
+            every.append(first)
+        return torch.stack(every)
 
     @property
     def text_lengths(self) -> Tensor:
@@ -158,36 +183,14 @@ class Trace:
             tensors = (self.queries[number], self.keys[number], self.values[number], starts, self.text_lengths[number])
             yield TraceStep(number, *tensors, reset)
 
-    def save(self, path: str | Path) -> None:
-        """Writes the trace to one HDF5 file, whole or not at all."""
-        with atomic_file(path) as temporary, h5py.File(temporary, "w") as file:
-            file.attrs.update(format=FORMAT, version=VERSION, metadata=json.dumps(dict(self.metadata)))
-            for name in DATASETS:
-                file.create_dataset(name, data=getattr(self, name).detach().cpu().contiguous().numpy())
+    def save(self, path: str | Path, *, k: int = NEIGHBORS) -> None:
+        """Writes the trace with the k true neighbours of every query, as `recollect.model.trace_file` describes.
 
+        The file is written whole or not at all. `save_traces` writes several layers into one.
+        """
+        from recollect.model.trace_file import save_traces
 
-def load_trace(path: str | Path) -> Trace:
-    """Reads a trace; raises CorpusError for a missing, damaged or foreign file, or one of a later version."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise CorpusError(f"no such trace: {str(path)!r}")
-    try:
-        with h5py.File(path, "r") as file:
-            if file.attrs.get("format") != FORMAT:
-                raise CorpusError(
-                    f"{path} is HDF5, but no trace of recollect; load_ann_benchmarks reads ann-benchmarks'"
-                )
-            if file.attrs.get("version") != VERSION:
-                raise CorpusError(f"{path} is a trace of version {file.attrs.get('version')}; this reads {VERSION}")
-            arrays = {name: torch.from_numpy(np.asarray(file[name])) for name in DATASETS}
-            metadata = json.loads(file.attrs["metadata"])
-    except CorpusError:
-        raise
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise CorpusError(
-            f"{path} cannot be read as a trace ({error}): is it cut short, or another kind of file?"
-        ) from error
-    return Trace(**arrays, metadata=metadata)
+        save_traces(path, [self], k=k)
 
 
 def replay(trace: Trace, backend: MemoryBackend, k: int) -> Iterator[tuple[TraceStep, SearchResult]]:
@@ -205,60 +208,3 @@ def replay(trace: Trace, backend: MemoryBackend, k: int) -> Iterator[tuple[Trace
             backend.reset(step.reset)
         yield step, backend.search(step.queries, k)
         backend.add(step.keys)
-
-
-def export_ann_benchmarks(
-    trace: Trace,
-    path: str | Path,
-    memory: int,
-    k: int = 100,
-    *,
-    memory_size: int | None = None,
-    query_steps: int = 4,
-    metric: str = "inner_product",
-    augment: bool = True,
-) -> AnnBenchmark:
-    """Writes one memory at one moment as a file of ann-benchmarks, with the ground truth by brute force.
-
-    The moment is `query_steps` steps before the end of the row's longest document. `train` are the memory's keys of
-    that document up to then, in the order in which they came (the newest `memory_size` of them), `test` the queries of
-    the steps that follow: every query comes after every key, as in the model. Padding is left out.
-
-    Raises CorpusError for a memory that is not there, and for a document too short for k keys and a query.
-    """
-    if not 0 <= memory < trace.num_memories:
-        raise CorpusError(f"memory is {memory}: the trace has memories 0 to {trace.num_memories - 1}")
-    row = memory // trace.heads
-    first, last = _longest_document(trace, row)
-    moment = max(last - query_steps, first)
-    train, test = (
-        _vectors(trace, trace.keys, memory, first, moment),
-        _vectors(trace, trace.queries, memory, moment, last),
-    )
-    train = train[-memory_size:] if memory_size else train
-    if len(train) < max(k, 1) or not len(test):
-        raise CorpusError(
-            f"memory {memory} holds {len(train)} keys before its last {query_steps} steps of text: too few for k {k}; "
-            "record longer documents or ask for a smaller k"
-        )
-    place = {"memory": memory, "first_step": first, "first_query_step": moment, "last_step": last, **trace.metadata}
-    return write_ann_benchmarks(path, train, test, k, metric=metric, augment=augment, metadata=place)
-
-
-def _longest_document(trace: Trace, row: int) -> tuple[int, int]:
-    """First step and end of the row's longest run of text without a document start in it."""
-    starts, lengths = trace.document_starts[:, row].tolist(), trace.text_lengths[:, row].tolist()
-    best, first = (0, 0), 0
-    for number, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-        if start:
-            first = number
-        if length and number + 1 - first > best[1] - best[0]:
-            best = (first, number + 1)
-    return best
-
-
-def _vectors(trace: Trace, vectors: Tensor, memory: int, first: int, last: int) -> np.ndarray[Any, Any]:
-    """(N, D): the vectors of one memory in the steps from `first` to before `last`, padding left out."""
-    lengths = trace.text_lengths[first:last, memory // trace.heads]
-    text = torch.arange(vectors.shape[2]) < lengths[:, None]
-    return vectors[first:last, memory][text].float().numpy()

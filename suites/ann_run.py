@@ -119,6 +119,20 @@ def run_ann_benchmarks(options: AnnRunOptions, on_progress: OnProgress | None = 
     return AnnRunResult(options.output, rows, measured, reused, everything - len(set(marks)), store.left_out)
 
 
+def on_front(rows: Sequence[AnnRow]) -> list[AnnRow]:
+    """Of each backend the measured rows that no other of it beats in both speed and recall, by rising recall."""
+    front: list[AnnRow] = []
+    for backend in dict.fromkeys(row.backend for row in rows):
+        best = -1.0
+        points = [row for row in rows if row.backend == backend and row.status == "ok"]
+        points.sort(key=lambda row: (row.batch_queries_per_second or 0.0, row.recall_ann_benchmarks or 0.0))
+        for row in reversed(points):
+            if (row.recall_ann_benchmarks or 0.0) > best:
+                best = row.recall_ann_benchmarks or 0.0
+                front.append(row)
+    return front
+
+
 def _check_names(files: Sequence[Path]) -> None:
     names = [path.stem for path in files]
     for name in names:

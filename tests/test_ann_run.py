@@ -19,7 +19,7 @@ from recollect.model.documents import CorpusError
 from recollect.suites import ann_run
 from recollect.suites.ann_measure import AnnRow, AnnSettings, expand, measure_specs
 from recollect.suites.ann_results import result_path, write_result
-from recollect.suites.ann_run import AnnRunOptions, run_ann_benchmarks
+from recollect.suites.ann_run import AnnRunOptions, on_front, run_ann_benchmarks
 from recollect.suites.published_recall import ann_benchmarks_recall
 
 SETTINGS = AnnSettings(k=5, batch_size=16, single_queries=7, runs=2)
@@ -74,6 +74,16 @@ def test_rows_and_answers(tmp_path: Path, distance: str) -> None:
     assert told[0] == "building exact"
     assert told[-1] == "searching exact"
     assert AnnRow.from_json({**row.as_json(), "unknown": 1}) == row
+
+
+def test_the_table_shows_what_no_other_beats() -> None:
+    def row(backend: str, recall: float, speed: float) -> AnnRow:
+        given = {"recall_ann_benchmarks": recall, "batch_queries_per_second": speed}
+        return AnnRow("d", "ip", 1, 1, 1, f"{backend}:{recall}:{speed}", backend, 1, **given)  # type: ignore[arg-type]
+
+    rows = [row("a", 0.9, 10), row("a", 0.8, 20), row("a", 0.8, 30), row("a", 0.9, 5), row("b", 0.1, 1)]
+    rows.append(dataclasses.replace(rows[0], status="failed"))
+    assert on_front(rows) == [rows[2], rows[0], rows[4]]
 
 
 def test_an_index_is_built_once_for_its_curve(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

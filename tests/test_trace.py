@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_model, tiny_text
 from torch import Tensor
 
 from recollect.memory_backends import make_backend
 from recollect.model.documents import CorpusError
-from recollect.model.trace import Trace, export_ann_benchmarks, load_trace, replay
+from recollect.model.recording import record, record_layers
+from recollect.model.trace import Trace, replay
+from recollect.model.trace_export import export_ann_benchmarks, export_every_memory
+from recollect.model.trace_file import causal_neighbors, load_trace, load_traces, save_traces
+from recollect.model.trunk import compute_trunk
 
 STEPS, ROWS, HEADS, TOKENS, DIM = 6, 2, 3, 4, 5
 
@@ -43,6 +52,116 @@ def test_round_trip(tmp_path: Path) -> None:
     trace.save(tmp_path / "trace.h5")
     assert_equal(load_trace(tmp_path / "trace.h5"), trace)
     assert [path.name for path in tmp_path.iterdir()] == ["trace.h5"]
+
+
+def loader() -> Any:
+    """The loader that the documentation prints."""
+    page = (Path(__file__).resolve().parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    (block,) = (text for text in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def searches" in text)
+    assert len([line for line in block.splitlines() if line.strip()]) == 12  # of them two import
+    assert {line.split()[1] for line in block.splitlines() if line.startswith(("import", "from"))} == {"h5py", "numpy"}
+    space: dict[str, Any] = {}
+    exec(block, space)
+    return space["searches"]
+
+
+@pytest.mark.parametrize("size", [None, 5, 8, 100])
+def test_the_printed_loader_reads_causal_truth(tmp_path: Path, size: int | None) -> None:
+    """Document resets, evictions and steps: what it yields is what brute force finds among the keys from before."""
+    trace = dataclasses.replace(make_trace(), memory_size=size, layer=3)
+    trace.save(tmp_path / "trace.h5", k=6)
+    for memory in range(trace.num_memories):
+        steps = list(loader()(tmp_path / "trace.h5", 3, memory))
+        assert len(steps) == STEPS
+        for step, (first, keys, queries, neighbors) in enumerate(steps):
+            begin = 2 if memory // HEADS == 1 and step >= 2 else 0
+            alive = trace.keys[begin:step, memory].reshape(-1, DIM)
+            alive = alive[-size:] if size else alive
+            np.testing.assert_array_equal(keys, alive.numpy())
+            assert first == step * TOKENS - len(alive)
+            np.testing.assert_array_equal(queries, trace.queries[step, memory].numpy())
+            scores = queries @ keys.T
+            order = np.argsort(-scores, axis=1)[:, :6]
+            np.testing.assert_array_equal(neighbors[:, : order.shape[1]], order + first)
+            assert (neighbors[:, order.shape[1] :] == -1).all()
+
+
+def test_layers_share_a_file(tmp_path: Path) -> None:
+    low, high = (dataclasses.replace(make_trace(seed), layer=layer, memory_size=9) for seed, layer in ((0, 1), (1, 4)))
+    told: list[tuple[int, int]] = []
+    save_traces(tmp_path / "t.h5", [high, low], k=2, on_step=lambda done, total: told.append((done, total)))
+    assert told[-1] == (2 * STEPS, 2 * STEPS)
+    assert [trace.layer for trace in load_traces(tmp_path / "t.h5")] == [1, 4]
+    assert_equal(load_trace(tmp_path / "t.h5"), low)
+    assert_equal(load_trace(tmp_path / "t.h5", 4), high)
+    assert load_trace(tmp_path / "t.h5").memory_size == 9
+    with pytest.raises(CorpusError, match="has layers 1, 4, and no layer 2"):
+        load_trace(tmp_path / "t.h5", 2)
+    with h5py.File(tmp_path / "t.h5") as file:
+        assert file["layers/4/neighbors"].shape == (STEPS, ROWS * HEADS, TOKENS, 2)
+        assert file["layers/4/scores"].dtype == np.float32
+        assert (file.attrs["version"], file.attrs["memory_size"], file.attrs["k"]) == (2, 9, 2)
+    with pytest.raises(CorpusError, match="only once"):
+        save_traces(tmp_path / "u.h5", [low, low])
+    with pytest.raises(CorpusError, match="of one recording"):
+        save_traces(tmp_path / "u.h5", [low, dataclasses.replace(high, memory_size=8)])
+
+
+def test_scores_are_those_of_the_numbered_keys() -> None:
+    trace = dataclasses.replace(make_trace(), memory_size=7)
+    for step, (numbers, scores) in enumerate(causal_neighbors(trace, 4)):
+        keys = trace.keys.transpose(0, 1).reshape(ROWS * HEADS, -1, DIM)
+        for memory in range(ROWS * HEADS):
+            near = keys[memory][numbers[memory].clamp(min=0)]
+            products = (near * trace.queries[step, memory][:, None]).sum(-1)
+            known = numbers[memory] >= 0
+            torch.testing.assert_close(products[known], scores[memory][known])
+            assert torch.isneginf(scores[memory][~known]).all()
+
+
+def test_the_former_version_is_read(tmp_path: Path) -> None:
+    trace = make_trace()
+    with h5py.File(tmp_path / "old.h5", "w") as file:
+        file.attrs.update(format="recollect trace", version=1, metadata='{"corpus": "made up", "k": 4}')
+        names = {"lengths": "text_lengths", "scale": "logit_scale"}
+        for name in ("queries", "keys", "values", "document_starts", "lengths", "scale"):
+            file.create_dataset(name, data=getattr(trace, names.get(name, name)).numpy())
+    assert_equal(load_trace(tmp_path / "old.h5"), trace)
+    with pytest.raises(CorpusError, match="one layer without a number, and no layer 3"):
+        load_trace(tmp_path / "old.h5", 3)
+
+
+def test_every_layer_is_recorded() -> None:
+    model = tiny_model(memory_layers=(1, 2), layers=4)
+    trunk = compute_trunk(model, tiny_text())
+    recordings = record_layers(model, trunk, memory_size=32, k=4)
+    assert list(recordings) == [1, 2]
+    only = record(model, trunk)
+    for name in ("queries", "keys", "values", "scale"):
+        assert torch.equal(getattr(recordings[1], name), getattr(only, name))
+        assert getattr(recordings[2], name).shape == getattr(only, name).shape
+    # The upper layer asks another question when the lower one finds less.
+    poorer = record_layers(model, trunk, memory_size=1, k=1)
+    assert torch.equal(poorer[1].queries, recordings[1].queries)
+    assert not torch.equal(poorer[2].queries, recordings[2].queries)
+    with pytest.raises(ValueError, match="memory_size is 0"):
+        record_layers(model, trunk, memory_size=0)
+
+
+def test_every_memory_is_exported(tmp_path: Path) -> None:
+    trace = dataclasses.replace(make_trace(), layer=2)
+    files, reasons = export_every_memory([trace], tmp_path, 10, query_steps=2)
+    # Row 1's longest document holds 8 keys before its last two steps.
+    assert [path.name for path in files] == [f"attention-layer2-row0-head{head}-6-angular.hdf5" for head in range(3)]
+    assert [reason[:20] for reason in reasons] == [
+        "layer 2: memory 3 ho",
+        "layer 2: memory 4 ho",
+        "layer 2: memory 5 ho",
+    ]
+    with h5py.File(files[0]) as file:
+        assert file["train_steps"][...].tolist() == [step for step in range(4) for _ in range(TOKENS)]
+        assert file["test_steps"][...].tolist() == [4] * 4 + [5] * 3
+        assert json.loads(file.attrs["recollect"])["layer"] == 2
 
 
 def test_sizes_and_defaults() -> None:
@@ -166,7 +285,7 @@ def test_bad_files(tmp_path: Path) -> None:
         load_trace(path)
     path.write_bytes(content)
     with h5py.File(path, "a") as file:
-        del file["keys"]
+        del file["layers/0/keys"]
     with pytest.raises(CorpusError, match="cannot be read as a trace"):
         load_trace(path)
 

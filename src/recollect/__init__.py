@@ -110,7 +110,11 @@ if TYPE_CHECKING:
     )
     from recollect.model.trace import (
         Trace,
+    )
+    from recollect.model.trace_export import (
         export_ann_benchmarks,
+    )
+    from recollect.model.trace_file import (
         load_trace,
     )
     from recollect.model.training import (
@@ -235,7 +239,9 @@ _PUBLIC: dict[str, str] = {
     "recollect.model.streams": "DocumentStreams",
     "recollect.model.token_cache": "TokenizedDocuments tokenize",
     "recollect.model.tokenizer": "Tokenizer load_tokenizer train_tokenizer",
-    "recollect.model.trace": "Trace export_ann_benchmarks load_trace",
+    "recollect.model.trace": "Trace",
+    "recollect.model.trace_export": "export_ann_benchmarks",
+    "recollect.model.trace_file": "load_trace",
     "recollect.model.training": "train",
     "recollect.model.training_free": "with_memory",
     "recollect.model.training_options": "TrainingOptions TrainingResult",

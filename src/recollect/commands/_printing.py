@@ -116,7 +116,7 @@ def print_rows(
     """
     table = Table(title=title, title_justify="left")
     for number, heading in enumerate(columns.values()):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=True, overflow="fold")
+        table.add_column(heading, justify="right" if number else "left", no_wrap=bool(number), overflow="fold")
     for row in rows:
         table.add_row(*(row[name] for name in columns))
     console = Console()

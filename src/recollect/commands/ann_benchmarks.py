@@ -71,7 +71,7 @@ def ann_benchmarks(
         recollect ann-benchmarks *.hdf5 --backend faiss-ivf:nlist=1024 --output out/ivf
     """
     from recollect.suites.ann_measure import AnnSettings
-    from recollect.suites.ann_run import AnnRunOptions, run_ann_benchmarks
+    from recollect.suites.ann_run import AnnRunOptions, on_front, run_ann_benchmarks
 
     options = AnnRunOptions(
         files=tuple(files),
@@ -102,8 +102,14 @@ def ann_benchmarks(
             rows = [row for row in result.rows if row.dataset == dataset]
             one = rows[0]
             title = f"{dataset}: {one.keys} keys, {one.queries} queries, {one.distance}, k {k}, {one.threads} threads"
-            measured = [{name: figure(getattr(row, name)) for name in COLUMNS} for row in rows if row.status == "ok"]
+            front = on_front(rows)
+            measured = [{name: figure(getattr(row, name)) for name in COLUMNS} for row in front]
             notes = [f"{row.spec}: {row.status}: {row.reason}" for row in rows if row.status != "ok"]
+            dominated = sum(row.status == "ok" for row in rows) - len(front)
+            if dominated:
+                notes.append(
+                    f"{dominated} rows that another of the same backend beats in both stand in results.csv only"
+                )
             if any(row.noisy for row in rows):
                 notes.append("the machine was busy: small differences in time mean nothing")
             print_rows(title, COLUMNS, measured, notes=list(dict.fromkeys(notes)))
