@@ -1,14 +1,18 @@
-"""Exact search: torch matrix product and top-k, on any device. Every other backend is judged against it."""
+"""Exact search: torch matrix product and top-k, on any device. Every other backend is judged against it.
+
+On a card with Triton the search is `triton_topk`, which writes no scores; it answers the same.
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from recollect.memory_backends.base import Capabilities, MemoryBackend
 from recollect.memory_backends.options import KeyStorageOptions
 from recollect.memory_backends.ring_search import search_ring
+from recollect.memory_backends.triton_search import FusedSearch
 
 
 class Exact(MemoryBackend):
@@ -20,11 +24,24 @@ class Exact(MemoryBackend):
     capabilities: ClassVar[Capabilities] = Capabilities(exact=True, devices=("cpu", "cuda", "mps"))
     recall_floor = 1.0
 
+    def __init__(self, options: Any = None, **arguments: Any) -> None:
+        super().__init__(options, **arguments)
+        self.fused = FusedSearch.where_usable(self.ring, self.metric)
+        """Images of the keys for the search on a card; None where there is none."""
+
     def _add(self, keys: Tensor, slots: Tensor, memories: Tensor) -> None:
-        """Nothing: the ring is the index."""
+        if self.fused is not None:
+            self.fused.add(keys, slots, memories)
 
     def _search(self, queries: Tensor, k: int, memories: Tensor) -> tuple[Tensor, Tensor]:
-        return search_ring(self.ring, queries, k, memories, self.ring.lengths[memories], self.metric)
+        lengths = self.ring.lengths[memories].tolist()
+        if self.fused is not None and self.fused.serves(lengths, k):
+            return self.fused.search(queries, k, memories, lengths)
+        return search_ring(self.ring, queries, k, memories, lengths, self.metric)
 
     def _reset(self, memories: Tensor) -> None:
-        """Nothing: the ring is the index."""
+        if self.fused is not None:
+            self.fused.reset(memories)
+
+    def _index_bytes(self) -> int:
+        return 0 if self.fused is None else self.fused.nbytes

@@ -1,0 +1,53 @@
+"""The fused search of a GPU, in Triton's interpreter.
+
+Whether kernels are interpreted is settled when triton is first imported, which another test of this process may have
+done: so the cases, in `triton_cases.py`, run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from recollect.memory_backends import make_backend
+from recollect.memory_backends.triton_search import usable
+
+TESTS = Path(__file__).resolve().parent
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (it is for Linux)")
+def test_the_cases_hold_in_the_interpreter() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        str(TESTS / "triton_cases.py"),
+    ]
+    settings = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings}, cwd=TESTS.parent)
+    assert answer.returncode == 0, answer.stdout[-6000:] + answer.stderr[-2000:]
+
+
+def test_a_cpu_is_served_by_plain_torch() -> None:
+    assert not usable(torch.device("cpu"))
+    backend = make_backend("exact", num_memories=1, capacity=8192, dim=16)
+    assert backend.fused is None
+    assert backend.stats().index_bytes == 0
+
+
+def test_importing_the_backends_imports_no_triton() -> None:
+    program = "import sys, recollect; recollect.make_backend('exact', num_memories=1, capacity=8192, dim=16);"
+    program += "print('recollect.memory_backends.triton_kernels' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "False"
