@@ -30,7 +30,15 @@ _FINITE = (
     "perplexity",
     "accuracy",
     "search_ms",
+    "search_ms_p95",
+    "search_ms_p99",
+    "search_ms_cold",
+    "search_first_ms",
     "append_us_per_key",
+    "append_ms_p50",
+    "append_ms_p95",
+    "append_ms_p99",
+    "reference_ms",
     "build_seconds",
     "bytes_per_key",
 )
@@ -77,7 +85,15 @@ class Cell:
         tokens: number of predicted tokens.
         search_ms: median milliseconds to search one segment's queries over all memories while they are full;
             `search_ms_low` and `search_ms_high` are the 25th and 75th percentile.
+        search_ms_p50, search_ms_p95, search_ms_p99: percentiles of the same searches, of which there are `searches`;
+            with fewer than 100 of them p99 is close to the slowest.
+        search_ms_cold: median of the same with caches that were filled with other data before; None on a GPU.
+        search_first_ms: the first search of full memories, which may pay for what a library does once.
         append_us_per_key: microseconds per appended key over the whole run, rebuilds included.
+        append_ms_p50, append_ms_p95, append_ms_p99: milliseconds to append one segment's keys to all memories, over
+            the segments that every row reads.
+        reference_ms: median of the fixed reference operation beside the searches (see `noise`).
+        noisy: it varied so much that small differences of these times mean nothing.
         build_seconds: time spent training and building indexes, over the whole run.
         index_bytes: bytes of the indexes beside the raw keys, while the memories are fullest.
         key_bytes: bytes of the raw keys.
@@ -88,6 +104,8 @@ class Cell:
         losses: path of the per-token losses, relative to the folder that holds `cells/`.
         settings: digest of what all cells of a run share: checkpoint, text, k, seed, device, threads.
         fingerprint: digest of every setting that the figures depend on; cells of different settings never mix.
+        provenance: machine, libraries, threads, seed and code in plain words (see `provenance.describe`), so that a
+            refusal to mix can say what differs.
     """
 
     spec: str
@@ -105,7 +123,18 @@ class Cell:
     search_ms: float | None = None
     search_ms_low: float | None = None
     search_ms_high: float | None = None
+    search_ms_p50: float | None = None
+    search_ms_p95: float | None = None
+    search_ms_p99: float | None = None
+    search_ms_cold: float | None = None
+    search_first_ms: float | None = None
+    searches: int | None = None
     append_us_per_key: float | None = None
+    append_ms_p50: float | None = None
+    append_ms_p95: float | None = None
+    append_ms_p99: float | None = None
+    reference_ms: float | None = None
+    noisy: bool | None = None
     build_seconds: float | None = None
     index_bytes: int | None = None
     key_bytes: int | None = None
@@ -116,6 +145,7 @@ class Cell:
     losses: str | None = None
     settings: str = ""
     fingerprint: str = ""
+    provenance: Mapping[str, Any] | None = None
 
     def figure(self, name: str) -> float:
         """One figure of a cell that was measured.

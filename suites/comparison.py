@@ -28,20 +28,23 @@ from recollect.model.token_cache import TokenizedDocuments
 from recollect.model.twin import TwinLosses
 
 from .cells import SCHEMA, Cell, fingerprint, save_cell
-from .environment import commit_of, core_digest, describe_machine, is_changed, library_versions, usable_cores
+from .environment import commit_of, core_digest, usable_cores
 from .larger import measure_larger
 from .options import CompareError, CompareOptions, CompareResult
 from .plan import (
+    EARLIER,
     PlannedCell,
     checked_options,
-    crashed_cell,
     find_measured,
     make_plan,
     put_in_order,
-    skipped_cell,
+    read_json,
+    start_afresh,
+    unmeasured_cell,
 )
 from .processes import Event, run_task
 from .progress import Estimate, Reporter, label
+from .provenance import describe, differences, in_words
 from .sharing import build_key
 from .workload import WorkloadSettings, begin_workload
 
@@ -88,12 +91,9 @@ class _Comparison:
         with self._alone(), Reporter(self.options.progress) as self.reporter:
             self._load()
             plan = make_plan(self.options, self.shared)
-            aside = put_in_order(self.folder, plan)
-            if aside:
-                self._note(
-                    f"{aside} earlier measurements had other settings (model, text, options or code): they are kept in "
-                    f"{self.folder / 'earlier'} and are not part of this report."
-                )
+            if self.options.fresh:
+                start_afresh(self.folder, plan)
+            self._put_aside(plan)
             self.cells = find_measured(self.folder, plan)
             reused = len(self.cells)
             if reused:
@@ -118,6 +118,20 @@ class _Comparison:
             notes=tuple(self.notes),
             seconds=time.perf_counter() - self.started,
         )
+
+    def _put_aside(self, plan: Sequence[PlannedCell]) -> None:
+        """Keeps measurements of other settings out of this run, and says which settings those are."""
+        others, unasked = put_in_order(self.folder, plan)
+        kept = f"they are kept in {self.folder / EARLIER} and are not part of this report"
+        if others:
+            found = differences(self.former, self.provenance)
+            what = in_words(found) or f"the code or library of {', '.join(sorted(set(others)))}"
+            self._note(
+                f"{len(others)} earlier measurements had other settings ({what}): {kept}; what is asked for now is "
+                "measured anew. To have both, give another output folder."
+            )
+        if unasked:
+            self._note(f"{unasked} earlier measurements are of specs or memory sizes not asked for now: {kept}.")
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -158,6 +172,8 @@ class _Comparison:
             self.documents, rows=options.rows, segment_length=config.segment_length, max_tokens=options.max_tokens
         )
         self._look_at_text()
+        described = describe(threads=self.threads, device=options.device, seed=options.seed)
+        machine, libraries = described["machine"], described["libraries"]
         self.shared: dict[str, Any] = {
             "checkpoint": self.checkpoint.digest,
             "text": self.text.digest,
@@ -165,9 +181,18 @@ class _Comparison:
             "seed": options.seed,
             "device": options.device,
             "threads": self.threads,
-            "torch": library_versions().get("torch"),
-            "cpu": describe_machine()["cpu"],
+            "torch": libraries.get("torch"),
+            "numpy": libraries.get("numpy"),
+            **{name: machine.get(name) for name in ("cpu", "cores", "accelerator", "python")},
         }
+        # Of a cell of its own: what `differences` compares, and no more.
+        self.provenance: dict[str, Any] = {
+            **{name: value for name, value in described.items() if name not in ("recollect", "date")},
+            "k": self.k,
+            "checkpoint": {"digest": self.checkpoint.digest},
+            "text": self.text.digest,
+        }
+        self.former = read_json(self.folder / "run.json")
 
     def _look_at_text(self) -> None:
         longest = int(self.text.lengths.sum(0).max())
@@ -213,7 +238,7 @@ class _Comparison:
         """Measures what is not measured yet, one process for each backend."""
         for cell in plan:
             if cell.skip:
-                self._take(plan, cell, skipped_cell(cell, self.k, self.options.seed), save=True)
+                self._take(plan, cell, self._unmeasured(cell, "skipped", cell.skip), save=True)
         missing = [cell for cell in plan if cell.identity not in self.cells]
         if not missing:
             return
@@ -233,6 +258,7 @@ class _Comparison:
             "workload": str(workload),
             "output": str(self.folder.resolve()),
             "settings": fingerprint(self.shared),
+            "provenance": self.provenance,
             "cells": [
                 {"spec": cell.spec, "memory_size": cell.memory_size, "fingerprint": cell.fingerprint} for cell in todo
             ],
@@ -257,9 +283,12 @@ class _Comparison:
         last = run_task(task, threads=self.threads, log=log, timeout=self.options.cell_timeout, on_event=hear)
         if last["event"] != "end":
             guilty = todo[finished]
-            self._take(plan, guilty, crashed_cell(guilty, self.k, self.options.seed, last["reason"]), save=True)
+            self._take(plan, guilty, self._unmeasured(guilty, "failed", last["reason"]), save=True)
             finished += 1
         return todo[finished:]
+
+    def _unmeasured(self, planned: PlannedCell, status: str, reason: str) -> Cell:
+        return unmeasured_cell(planned, self.k, status, reason, self.provenance)
 
     def _take(self, plan: Sequence[PlannedCell], planned: PlannedCell, cell: Cell, *, save: bool = False) -> None:
         """Notes a finished cell."""
@@ -295,6 +324,7 @@ class _Comparison:
             threads=self.threads,
             timeout=self.options.cell_timeout,
             settings={**self.shared, "core": core_digest(), "documents": self.documents.digest},
+            provenance=self.provenance,
             reporter=self.reporter,
         )
         if note:
@@ -311,11 +341,7 @@ class _Comparison:
                 "recollect_version": __version__,
                 "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 "finished": finished,
-                "machine": describe_machine(),
-                "libraries": library_versions(),
-                "threads": self.threads,
-                "device": self.options.device,
-                "seed": self.options.seed,
+                **self.provenance,
                 "corpus": {
                     "name": text.corpus,
                     "digest": self.documents.digest,
@@ -330,10 +356,7 @@ class _Comparison:
                     "parameters": checkpoint.model.count_parameters(),
                     "config": checkpoint.config.to_dict(),
                 },
-                "commit": commit_of(),
-                "uncommitted_changes": is_changed() if commit_of() else None,
                 "settings": fingerprint(self.shared),
-                "k": self.k,
                 "segment_length": text.segment_length,
                 "rows": text.rows,
                 "num_memories": text.rows * checkpoint.config.heads,

@@ -24,6 +24,7 @@ from recollect.model.token_cache import TokenizedDocuments
 from recollect.model.transformer import MemorizingTransformer
 from recollect.model.trunk import compute_trunk
 
+from .noise import describe_reference, reference_operation_ms
 from .oracle import TOLERANCE
 from .workload import read_tensors, save_tensors
 
@@ -105,9 +106,11 @@ def measure_crossover(
     keys = stream.keys[:, held - memory_size :].to(device)
     for first in range(0, memory_size, CHUNK):
         backend.add(keys[:, first : first + CHUNK])
+    made.wait()
     made.search(stream.queries[0].to(device), k)
-    recalls = []
+    recalls, references = [], []
     for queries, threshold in zip(stream.queries, stream.thresholds(memory_size, k), strict=True):
+        references.append(reference_operation_ms())
         result = backend.search(queries.to(device), k)
         found = made.gather_keys(result.slots).cpu()
         scores = torch.einsum("mqd,mqkd->mqk", queries, found)
@@ -115,6 +118,9 @@ def measure_crossover(
         hits = (result.slots.cpu() >= 0) & (scores >= (threshold - slack)[..., None])
         recalls.append(float((hits.sum(-1) / min(k, memory_size)).clamp(max=1.0).mean()))
     search_ms = 1000 * np.asarray(backend.search_seconds)
+    reference = describe_reference(references)
+    built = made.stats().build_seconds
+    made.close()
     return {
         "spec": made.spec,
         "backend": parse_spec(spec)[0],
@@ -126,7 +132,9 @@ def measure_crossover(
         "search_ms_low": float(np.percentile(search_ms, 25)),
         "search_ms_high": float(np.percentile(search_ms, 75)),
         "recall_at_k": float(np.mean(recalls)),
-        "build_seconds": made.stats().build_seconds,
+        "reference_ms": reference.p50_ms,
+        "noisy": reference.noisy,
+        "build_seconds": built,
         "append_us_per_key": 1e6 * sum(backend.append_seconds) / sum(backend.appended),
         "seed": seed,
     }

@@ -28,7 +28,7 @@ THREAD_VARIABLES = (
 LIBRARIES = ("torch", "numpy", "faiss-cpu", "faiss-gpu-cu12", "scann", "hnswlib", "pynndescent", "numba", "tokenizers")
 """Distributions whose versions a result names, where they are installed."""
 
-_MEASURING = ("cells", "crossover", "measure", "oracle", "sharing", "workload")
+_MEASURING = ("cells", "crossover", "curve_settings", "curves", "measure", "noise", "oracle", "sharing", "workload")
 _EVALUATING = (
     "attention",
     "eviction",
@@ -44,7 +44,7 @@ _EVALUATING = (
     "transformer",
     "trunk",
 )
-_NOT_MEASURED = ("testing", "storage", "atomic", "__init__")
+_NOT_MEASURED = ("testing", "testing_base", "testing_oracle", "storage", "atomic", "__init__")
 
 
 def usable_cores() -> int:

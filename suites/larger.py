@@ -16,6 +16,7 @@ from .options import CompareError
 from .plan import read_json
 from .processes import Event, run_task
 from .progress import Reporter, label
+from .provenance import differences, in_words
 from .workload import save_text
 
 STREAM, TEXT = "stream.safetensors", "stream-text.safetensors"
@@ -60,23 +61,32 @@ def measure_larger(
     threads: int,
     timeout: float,
     settings: Mapping[str, Any],
+    provenance: Mapping[str, Any],
     reporter: Reporter,
 ) -> str:
-    """Fills crossover.json, keeping rows that were measured with the same settings; returns a note, or ''."""
+    """Fills crossover.json, keeping rows that were measured with the same settings.
+
+    Returns:
+        Notes in one text, or '': which rows were of other settings and are measured anew, which sizes are left out.
+    """
     path = output / "crossover.json"
     specs = choose_specs(cells)
     backends = {cell.spec: cell.backend for cell in cells}
     marks = {spec: fingerprint({**settings, "spec": spec, "code": backend_digest(spec)}) for spec in specs}
-    known = read_json(path)
-    rows: list[dict[str, Any]] = []
-    for row in (known or {}).get("rows", []):
-        if isinstance(row, dict) and row.get("fingerprint") == marks.get(str(row.get("spec"))):
-            rows.append(row)
+    known = read_json(path) or {}
+    former = [row for row in known.get("rows", []) if isinstance(row, dict) and str(row.get("spec")) in marks]
+    rows: list[dict[str, Any]] = [row for row in former if row.get("fingerprint") == marks[str(row["spec"])]]
+    notes = []
+    if len(rows) < len(former):
+        what = in_words(differences(known.get("provenance"), provenance)) or "text, code or library"
+        notes.append(
+            f"{len(former) - len(rows)} search times at larger memories had other settings ({what}): measured anew."
+        )
     have = {(row["spec"], row["memory_size"]) for row in rows}
     missing = {spec: [size for size in sizes if (spec, size) not in have] for spec in specs}
     if not any(missing.values()):
-        _write(path, rows)
-        return ""
+        _write(path, rows, provenance)
+        return " ".join(notes)
     reporter.step("keys for larger memories", 0.0)
     held = _record(work, checkpoint, documents, max(sizes), segment_length, threads, timeout, str(settings["device"]))
     too_large = [size for size in sizes if size > held]
@@ -109,12 +119,12 @@ def measure_larger(
             last = run_task(task, threads=threads, log=log, timeout=timeout, on_event=hear)
             if last["event"] != "end":
                 rows.append({**row, "memory_size": current, "search_ms": None, "reason": last["reason"]})
-            _write(path, rows)
+            _write(path, rows, provenance)
     if too_large:
-        return (
+        notes.append(
             f"The corpus has {held} tokens for larger memories, so sizes {', '.join(map(str, too_large))} are left out."
         )
-    return ""
+    return " ".join(notes)
 
 
 def _record(
@@ -144,6 +154,6 @@ def _record(
     return keys_in(text)
 
 
-def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def _write(path: Path, rows: Sequence[Mapping[str, Any]], provenance: Mapping[str, Any]) -> None:
     ordered = sorted(rows, key=lambda row: (row["spec"] != "exact", row["spec"], row["memory_size"]))
-    write_json(path, {"schema": SCHEMA, "rows": ordered})
+    write_json(path, {"schema": SCHEMA, "provenance": provenance, "rows": ordered})

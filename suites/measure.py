@@ -19,6 +19,7 @@ from recollect.model.evaluation_types import EvaluationResult
 from recollect.model.recording import ObservedBackend
 
 from .cells import NO_MEMORY, Cell, CellError, Streaming
+from .noise import flush_caches, reference_operation_ms, summarise
 from .oracle import Judge
 from .sharing import SharedBackend, build_key, search_options
 from .workload import Workload
@@ -28,6 +29,12 @@ FULL = 0.95
 
 STRETCHES = 12
 """Into so many stretches of turnover the streaming figures are cut."""
+
+REFERENCES = 24
+"""Segments beside whose search the reference operation is timed, spread likewise."""
+
+COLD_SEARCHES = 3
+"""Searches with flushed caches, spread over the segments whose searches count."""
 
 WARM_UP_KEYS = 1024
 """Keys that a throw-away memory gets first, so that compilers and thread pools have started before time is taken."""
@@ -78,25 +85,36 @@ def measure_group(
     """Measures specs that differ in search options alone over one index; arguments and errors as `measure_cell`."""
     if not can_share(workload, specs):
         raise ValueError(f"specs {', '.join(specs)} cannot share an index")
-    start = time.perf_counter()
-    seed, steps = workload.settings.seed, workload.text.segments
+    seed = workload.settings.seed
     blanks = [
         Cell(spec, _name(spec), memory_size, workload.k, "ok", seed=seed, fingerprint=fingerprint) for spec in specs
     ]
     watched: list[_Watched] = []
+    made: list[MemoryBackend] = []
     try:
         if specs[0] != NO_MEMORY:
             made = _make_backends(workload, specs[0], memory_size)
             _warm_up(workload, specs[0], memory_size)
             watched = [_Watched(workload, spec, made, appends=spec == specs[-1]) for spec in specs]
+        return _measure_blanks(workload, blanks, watched, on_segment)
     except BackendUnavailable as error:
         return [(dataclasses.replace(blank, status="skipped", reason=str(error)), None) for blank in blanks]
+    finally:
+        for backend in made:
+            backend.close()
+
+
+def _measure_blanks(
+    workload: Workload, blanks: Sequence[Cell], watched: Sequence[_Watched], on_segment: OnSegment | None
+) -> list[tuple[Cell, EvaluationResult | None]]:
+    """Runs the evaluations side by side and fills in the cells."""
+    start, steps = time.perf_counter(), workload.text.segments
     memories: list[Any] = [one.backends for one in watched] or [NO_MEMORY]
     runs = [Replay(workload.model, workload.trunk, backend=memory, k=workload.k) for memory in memories]
     for step in range(steps):
         for place, run in enumerate(runs):
             if watched:
-                watched[place].observed.prepare()
+                watched[place].prepare(step)
             run.step()
         if on_segment is not None:
             on_segment(step + 1, steps)
@@ -106,7 +124,7 @@ def measure_group(
         cell = dataclasses.replace(blank, perplexity=result.perplexity, accuracy=result.accuracy, tokens=result.tokens)
         if watched:
             cell = watched[place].figures(cell, appended=watched[-1].observed)
-        cell = dataclasses.replace(cell, seconds=round((time.perf_counter() - start) / len(specs), 3))
+        cell = dataclasses.replace(cell, seconds=round((time.perf_counter() - start) / len(blanks), 3))
         cell.check()
         cells.append((cell, result))
     return cells
@@ -136,12 +154,17 @@ def _warm_up(workload: Workload, spec: str, memory_size: int) -> None:
     """Fills and searches a throw-away memory, so that compilers and thread pools have started."""
     keys, dim = min(memory_size, WARM_UP_KEYS), workload.model.config.head_dim
     generator = torch.Generator().manual_seed(0)
-    trial = make_backend(spec, num_memories=1, capacity=keys, dim=dim, device=workload.settings.device, seed=0)
-    step = workload.text.segment_length
-    for _ in range(0, keys + step, step):
-        vectors = torch.nn.functional.normalize(torch.randn(1, step, dim, generator=generator), dim=-1)
-        trial.search(vectors, workload.k)
-        trial.add(vectors)
+    device, step = workload.settings.device, workload.text.segment_length
+    with make_backend(spec, num_memories=1, capacity=keys, dim=dim, device=device, seed=0) as trial:
+        for _ in range(0, keys + step, step):
+            vectors = torch.nn.functional.normalize(torch.randn(1, step, dim, generator=generator), dim=-1)
+            trial.search(vectors, workload.k)
+            trial.add(vectors)
+
+
+def _spread(segments: Sequence[int], number: int) -> set[int]:
+    """At most so many of the segments, evenly spread over them."""
+    return {segments[round(place)] for place in np.linspace(0, len(segments) - 1, number)}
 
 
 class _Watched:
@@ -149,6 +172,7 @@ class _Watched:
 
     def __init__(self, workload: Workload, spec: str, made: list[MemoryBackend], *, appends: bool) -> None:
         self.workload = workload
+        self.made = made
         self.memory_size = made[0].capacity
         config, text = workload.model.config, workload.text
         self.judge = Judge(workload.oracle(self.memory_size), text.is_text)
@@ -156,6 +180,8 @@ class _Watched:
         self.observed = SharedBackend(made[0], options=options, appends=appends, on_search=self._on_search)
         self.backends: list[Any] = [self.observed, *made[1:]]
         self.stats: MemoryStats | None = None
+        self.references: list[float] = []
+        self.cold: list[float] = []
         live = self.judge.oracle.live
         reading = text.lengths > 0  # (S, B)
         by_row = live.view(text.segments, text.rows, config.heads)[:, :, 0].double()
@@ -164,30 +190,65 @@ class _Watched:
         fullest = float(fill[everyone].max())
         if not fullest:
             raise CellError("no segment is ever searched: every document is one segment long; give longer documents")
+        self.everyone = everyone  # (S,) bool
         self.steady = everyone & (fill >= FULL * fullest)  # (S,) bool
-        self.stats_at = int(self.steady.nonzero().max())
+        steady = self.steady.nonzero().flatten().tolist()
+        self.stats_at = steady[-1]
+        self.reference_at = _spread(steady, REFERENCES)
+        # The first search of full memories has a figure of its own, so it is not repeated cold.
+        self.cold_at = _spread(steady[1:] or steady, COLD_SEARCHES) if made[0].device.type == "cpu" else set()
+
+    def prepare(self, segment: int) -> None:
+        """What comes before a segment and is not timed: search options, and builds that are on their way."""
+        if self.steady[segment]:
+            for backend in self.made:
+                backend.wait()
+        self.observed.prepare()
 
     def _on_search(self, backend: MemoryBackend, queries: Tensor, k: int, result: SearchResult) -> None:
-        if self.judge.segment == self.stats_at:
+        segment = self.judge.segment
+        if segment == self.stats_at:
             self.stats = backend.stats()
         self.judge(backend, queries, k, result)
+        if segment in self.reference_at:
+            self.references.append(reference_operation_ms())
+        if segment in self.cold_at:
+            flush_caches()
+            start = time.perf_counter()
+            backend.search(queries, k)
+            self.cold.append(1000 * (time.perf_counter() - start))
 
     def figures(self, cell: Cell, *, appended: ObservedBackend) -> Cell:
         """The cell with every figure of search, append and memory; `appended` is the one that did the appending."""
         observed, judge = self.observed, self.judge
         search_ms = 1000 * np.asarray(observed.search_seconds)
         steady = search_ms[self.steady.numpy()]
-        low, median, high = (float(value) for value in np.percentile(steady, (25, 50, 75)))
+        low, high = (float(value) for value in np.percentile(steady, (25, 75)))
+        latency = summarise(steady, references_ms=self.references, first_ms=float(steady[0]), cold_ms=self.cold)
+        append_ms = 1000 * np.asarray(appended.append_seconds)[self.everyone.numpy()]
+        append_p50, append_p95, append_p99 = (float(value) for value in np.percentile(append_ms, (50, 95, 99)))
         assert self.stats is not None, "the fullest segment was never searched"
+        observed.backend.wait()
         return dataclasses.replace(
             cell,
             recall_at_k=judge.mean(judge.recall),
             softmax_mass=judge.mean(judge.mass),
             softmax_mass_exact=judge.mean(judge.top_mass),
-            search_ms=median,
+            search_ms=latency.p50_ms,
             search_ms_low=low,
             search_ms_high=high,
+            search_ms_p50=latency.p50_ms,
+            search_ms_p95=latency.p95_ms,
+            search_ms_p99=latency.p99_ms,
+            search_ms_cold=latency.cold_ms,
+            search_first_ms=latency.first_ms,
+            searches=latency.count,
             append_us_per_key=1e6 * sum(appended.append_seconds) / sum(appended.appended),
+            append_ms_p50=append_p50,
+            append_ms_p95=append_p95,
+            append_ms_p99=append_p99,
+            reference_ms=latency.reference_ms,
+            noisy=latency.noisy,
             build_seconds=observed.backend.stats().build_seconds,
             index_bytes=self.stats.index_bytes,
             key_bytes=self.stats.key_bytes,

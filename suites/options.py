@@ -28,7 +28,9 @@ class CompareOptions:
         max_tokens: tokens that each measurement reads, over all rows.
         rows: documents that are read side by side; M = rows * heads memories.
         crossover_sizes: larger memories at which search alone is timed; empty leaves this part out.
-        output: folder of the results; a folder with earlier results is resumed.
+        output: folder of the results; a folder with earlier results is resumed. What was measured there with other
+            settings (machine, threads, versions, code, seed, text, k) is put aside and never mixed in.
+        fresh: measure everything anew, even what is there with the same settings.
         seed: for backends that draw random numbers.
         device: where model and memory live, such as 'cpu' or 'cuda'.
         threads: threads of torch and of every library; None is the number of cores this process may use.
@@ -48,6 +50,7 @@ class CompareOptions:
     rows: int = 2
     crossover_sizes: tuple[int, ...] = CROSSOVER_SIZES
     output: str | Path = "out/compare"
+    fresh: bool = False
     seed: int = 0
     device: str = "cpu"
     threads: int | None = None

@@ -97,17 +97,8 @@ def make_plan(options: CompareOptions, shared: Mapping[str, Any]) -> list[Planne
     return planned
 
 
-def skipped_cell(planned: PlannedCell, k: int, seed: int) -> Cell:
-    """The cell of a backend whose library is missing."""
-    return _unmeasured(planned, k, seed, "skipped", planned.skip)
-
-
-def crashed_cell(planned: PlannedCell, k: int, seed: int, reason: str) -> Cell:
-    """The cell of a measurement whose process died or was given up."""
-    return _unmeasured(planned, k, seed, "failed", reason)
-
-
-def _unmeasured(planned: PlannedCell, k: int, seed: int, status: str, reason: str) -> Cell:
+def unmeasured_cell(planned: PlannedCell, k: int, status: str, reason: str, provenance: Mapping[str, Any]) -> Cell:
+    """The cell of a backend whose library is missing ('skipped'), or of a process that died ('failed')."""
     return Cell(
         planned.spec,
         planned.backend,
@@ -115,28 +106,51 @@ def _unmeasured(planned: PlannedCell, k: int, seed: int, status: str, reason: st
         k,
         status,
         reason=reason,
-        seed=seed,
+        seed=int(provenance["seed"]),
         settings=planned.settings,
         fingerprint=planned.fingerprint,
+        provenance=provenance,
     )
 
 
-def put_in_order(folder: Path, planned: Iterable[PlannedCell]) -> int:
-    """Leaves in `folder`/cells just what belongs to the plan; returns how many cells of other settings were put aside.
+def start_afresh(folder: Path, planned: Iterable[PlannedCell]) -> None:
+    """Removes what was measured for this very plan, so that all of it is measured anew."""
+    for cell in planned:
+        for place in (folder, folder / EARLIER):
+            for name in (f"cells/{cell.identity}.json", f"losses/{cell.identity}.npz"):
+                (place / name).unlink(missing_ok=True)
+    for name in ("crossover.json", "curves.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def put_in_order(folder: Path, planned: Iterable[PlannedCell]) -> tuple[list[str], int]:
+    """Leaves in `folder`/cells just what belongs to the plan.
 
     Cells of other settings go to `folder`/earlier, and come back from there when a plan asks for them.
+
+    Returns:
+        The backends of cells that were put aside because their settings are others now, one entry for each cell, and
+        how many were put aside because nobody asks for their spec or size.
     """
+    planned = list(planned)
     wanted = {cell.identity for cell in planned}
-    aside = 0
+    asked = {(cell.spec, cell.memory_size) for cell in planned}
+    others: list[str] = []
+    unasked = 0
     for path in sorted((folder / "cells").glob("*.json")):
         if path.stem not in wanted:
+            content = read_json(path)
+            known = content if isinstance(content, dict) else {}
             _move(folder, folder / EARLIER, path.stem)
-            aside += 1
+            if (known.get("spec"), known.get("memory_size")) in asked:
+                others.append(str(known.get("backend")))
+            else:
+                unasked += 1
     for identity in sorted(wanted):
         there = folder / EARLIER / "cells" / f"{identity}.json"
         if there.is_file() and not (folder / "cells" / there.name).exists():
             _move(folder / EARLIER, folder, identity)
-    return aside
+    return others, unasked
 
 
 def _move(source: Path, target: Path, identity: str) -> None:

@@ -115,7 +115,10 @@ def _measure_cells(task: dict[str, Any], tell: Tell) -> None:
                 measured = [(failed_cell(workload, specs[0], size, f"{type(error).__name__}: {error}", ""), None)]
         for index, (cell, result) in zip(group, measured, strict=True):
             cell = dataclasses.replace(
-                cell, settings=str(task["settings"]), fingerprint=str(wanted[index]["fingerprint"])
+                cell,
+                settings=str(task["settings"]),
+                fingerprint=str(wanted[index]["fingerprint"]),
+                provenance=task["provenance"],
             )
             with _writing(tell, task["output"]):
                 if result is not None:

@@ -22,6 +22,7 @@ from recollect.memory_backends import InvalidSpec, UnknownBackend
 from recollect.suites.comparison import compare
 from recollect.suites.environment import commit_of
 from recollect.suites.options import CompareError, CompareOptions, CompareResult
+from recollect.suites.plan import PlannedCell, find_measured, start_afresh
 
 BACKENDS = ("degraded:drop=0.5", "crashing", "raising", "missing")
 SIZES = (32, 64)
@@ -105,6 +106,11 @@ def test_figures_are_those_of_the_words(result: CompareResult) -> None:
         assert degraded["recall_at_k"] == pytest.approx(0.5, abs=0.15)
         assert exact["bytes_per_key"] == 64
         assert exact["search_ms_low"] <= exact["search_ms"] <= exact["search_ms_high"]
+        assert exact["search_ms"] == exact["search_ms_p50"] <= exact["search_ms_p95"] <= exact["search_ms_p99"]
+        assert exact["append_ms_p50"] <= exact["append_ms_p95"] <= exact["append_ms_p99"]
+        assert min(exact["search_ms_cold"], exact["search_first_ms"], exact["reference_ms"]) > 0
+        assert exact["searches"] >= 1
+        assert exact["noisy"] in (True, False)
         assert exact["tokens"] == cells["none", 0]["tokens"]
         turnover = exact["streaming"]["turnover"]
         assert turnover == sorted(turnover)
@@ -193,11 +199,41 @@ def test_other_settings_never_mix(result: CompareResult, options: CompareOptions
     small = dataclasses.replace(options, output=folder, backends=("exact",), memory_sizes=(32,), crossover_sizes=())
     other = compare(small, k=2)
     assert (other.measured, other.reused) == (2, 0)
-    assert any("other settings" in note for note in other.notes)
+    assert any("other settings (k 4 against 2)" in note for note in other.notes), other.notes
     assert {cell["k"] for cell in cells_in(folder).values()} == {2}
     first = compare(small)
     assert (first.measured, first.reused) == (0, 2), "the former measurements come back"
     assert {cell["k"] for cell in cells_in(folder).values()} == {4}
+
+
+def test_other_threads_are_told_and_measured_anew(
+    result: CompareResult, options: CompareOptions, tmp_path: Path
+) -> None:
+    folder = copied(result, tmp_path / "out")
+    small = dataclasses.replace(options, output=folder, backends=("exact",), memory_sizes=(32,), crossover_sizes=(128,))
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    cells = list(cells_in(folder).values())
+    assert all(cell["provenance"]["code"] == run["code"] for cell in cells), "each cell says where it comes from"
+    again = compare(small, threads=2)
+    told = " ".join(again.notes)
+    assert "earlier measurements had other settings (threads 1 against 2)" in told
+    assert "search times at larger memories had other settings (threads 1 against 2)" in told
+    assert "another output folder" in told
+    assert again.measured == 2
+    rows = json.loads((folder / "crossover.json").read_text(encoding="utf-8"))
+    assert rows["provenance"]["threads"] == 2
+    assert {cell["provenance"]["threads"] for cell in cells_in(folder).values()} == {2}
+
+
+def test_fresh_takes_nothing_that_is_there(result: CompareResult, options: CompareOptions, tmp_path: Path) -> None:
+    folder = copied(result, tmp_path / "out")
+    cell = next(cell for cell in cells_in(folder).values() if cell["spec"] == "exact" and cell["memory_size"] == 32)
+    planned = PlannedCell("exact", "exact", 32, str(cell["fingerprint"]), str(cell["settings"]))
+    assert set(find_measured(folder, [planned])) == {planned.identity}
+    start_afresh(folder, [planned])
+    assert not find_measured(folder, [planned])
+    assert not (folder / "crossover.json").exists()
+    assert len(cells_in(folder)) == len(cells_in(result.output)) - 1, "what was not asked for stays"
 
 
 def test_a_killed_comparison_goes_on_where_it_stopped(options: CompareOptions, tmp_path: Path) -> None:

@@ -16,7 +16,13 @@ from recollect.memory_backends import MemoryBackend, Requirement, list_backends
 from recollect.suites import common
 from recollect.suites.cells import Cell, CellError, Streaming, load_cell, save_cell
 from recollect.suites.footprint import Footprint
-from recollect.suites.latency import AppendLatency, BuildLatency, SearchLatency
+from recollect.suites.latency import (
+    AppendLatency,
+    AppendStepLatency,
+    BuildLatency,
+    ReferenceLatency,
+    SearchLatency,
+)
 from recollect.suites.options import MEMORY_SIZES
 from recollect.suites.parameters import SPECS, declared_specs
 from recollect.suites.perplexity import Perplexity
@@ -28,7 +34,11 @@ BENCHMARKS = {
     "footprint.Footprint.track_bytes_per_key": "bytes",
     "latency.AppendLatency.track_append": "us",
     "latency.BuildLatency.track_build": "s",
-    "latency.SearchLatency.track_search": "ms",
+    "latency.AppendStepLatency.track_append_p50": "ms",
+    "latency.AppendStepLatency.track_append_p99": "ms",
+    "latency.ReferenceLatency.track_reference": "ms",
+    "latency.SearchLatency.track_search_p50": "ms",
+    "latency.SearchLatency.track_search_p99": "ms",
     "perplexity.Perplexity.track_difference_to_exact": "perplexity",
     "perplexity.Perplexity.track_perplexity": "perplexity",
     "recall.Recall.track_lost_softmax_mass": "share",
@@ -51,7 +61,8 @@ def test_asv_finds_every_benchmark(tmp_path: Path) -> None:
     found = {item["name"]: item for item in json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))}
     assert {name: item["unit"] for name, item in found.items()} == BENCHMARKS
     for item in found.values():
-        assert item["version"] == "1", "an explicit version, so that an edited comment does not discard results"
+        remade = item["name"].startswith("latency.") and "Reference" not in item["name"]
+        assert item["version"] == ("2" if remade else "1"), "explicit, so that an edited comment discards no results"
         assert item["timeout"] >= 300
         assert item["param_names"] == ["spec", "memory_size"]
         assert item["params"] == [[repr(spec) for spec in declared_specs()], [repr(size) for size in MEMORY_SIZES]]
@@ -88,6 +99,11 @@ def test_figures_of_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
         softmax_mass=0.5,
         perplexity=21.0,
         search_ms=2.0,
+        search_ms_p50=2.0,
+        search_ms_p99=6.0,
+        append_ms_p50=7.0,
+        append_ms_p99=8.0,
+        reference_ms=9.0,
         append_us_per_key=3.0,
         build_seconds=4.0,
         bytes_per_key=256.0,
@@ -103,7 +119,11 @@ def test_figures_of_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert figure(Recall, "track_missed_neighbours") == pytest.approx(0.25)
     assert figure(Recall, "track_lost_softmax_mass") == pytest.approx(0.5)
-    assert figure(SearchLatency, "track_search") == 2.0
+    assert figure(SearchLatency, "track_search_p50") == 2.0
+    assert figure(SearchLatency, "track_search_p99") == 6.0
+    assert figure(AppendStepLatency, "track_append_p50") == 7.0
+    assert figure(AppendStepLatency, "track_append_p99") == 8.0
+    assert figure(ReferenceLatency, "track_reference") == 9.0
     assert figure(AppendLatency, "track_append") == 3.0
     assert figure(BuildLatency, "track_build") == 4.0
     assert figure(Footprint, "track_bytes_per_key") == 256.0
@@ -127,9 +147,9 @@ def test_a_missing_library_is_a_skip_and_a_failure_is_none(tmp_path: Path) -> No
 
 def test_a_figure_that_is_missing_raises_rather_than_reading_as_skipped() -> None:
     benchmark = SearchLatency()
-    benchmark.cell = Cell("x", "x", 512, 4, "ok", search_ms=float("nan"))
-    with pytest.raises(CellError, match="search_ms = nan"):
-        benchmark.track_search("x", 512)
+    benchmark.cell = Cell("x", "x", 512, 4, "ok", search_ms_p50=float("nan"))
+    with pytest.raises(CellError, match="search_ms_p50 = nan"):
+        benchmark.track_search_p50("x", 512)
 
 
 def test_asv_measures_a_cell_once_and_reads_it_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,13 +31,17 @@ def compare(
     output: Annotated[
         Path, typer.Option("--output", help="Folder of the results; an earlier run in it is resumed.")
     ] = Path("out/compare"),
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Measure everything anew, even what is there with the same settings.")
+    ] = False,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
     """Swaps every index under one model, runs the suites on real text and writes the report.
 
-    Interrupt it at any time: run again with the same options it goes on where it stopped.
+    Interrupt it at any time: run again with the same options it goes on where it stopped. Measurements of another
+    machine, thread count, library version, seed or changed code are put aside, with a note that says what differs.
 
     **Examples**
 
@@ -56,6 +60,7 @@ def compare(
         "split": split,
         "k": k,
         "output": output,
+        "fresh": fresh,
         "seed": seed,
         "device": device,
     }
