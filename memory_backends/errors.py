@@ -47,6 +47,10 @@ class UnusableMemory(MemoryBackendError):
     """An append failed half way and the index could not be brought back to what it was; `reset()` mends it."""
 
 
+class BuildFailed(MemoryBackendError):
+    """Building an index in the background failed; no key is lost, those that it was built over are searched exactly."""
+
+
 class OverBudget(MemoryBackendError, ValueError):
     """A memory would take more bytes than `max_bytes` allows; the message says how many, and what takes fewer."""
 

@@ -1,47 +1,46 @@
 """True first-in first-out memory over indexes that are built once, or that forget badly.
 
-The C slots of a memory are cut into equal blocks of at most `part_size` slots. Keys arrive in slot order, so a block
-fills up, is sealed (an index is built over its keys and never changed), and stays so until the ring comes round and
-starts to overwrite it. Then its index is dropped, and for as long as the block is half new and half old it is searched
-exactly, over the raw keys in `self.ring`.
+Keys are sealed into runs, each of which gets an index that never changes; indexes over neighbouring runs are merged
+into larger ones; the newest keys are searched exactly, and so is what is left of a run whose first key was evicted.
+`merging` says which runs have an index, as a function of the number of keys alone. Nothing is masked or fetched in
+excess: a part whose first key is evicted is dropped whole.
 
-    slots   | sealed | sealed | new  old | sealed |         the third block is being overwritten: its first slots
-                                   ^ next slot              hold the newest keys, its others the oldest ones
+Indexes are built in the background (`background`) while appends and searches go on, and taken in at a number of keys
+that is known beforehand. An append waits only if one is not ready by then, which `MemoryStats.stalled_seconds` counts.
+So answers depend on the calls alone. Runs of few keys (`background_from`), and all with the option `background=false`,
+are built by the append that fills them; a call that brings two runs or more at once (a load, no stream) builds all that
+is due before it returns. `wait()` takes in what was begun.
 
-The exact tail (the newest keys) and what is left of the oldest part are neighbours in that one block, so at most one
-block of a memory is searched exactly, whatever its history. Nothing is masked or fetched in excess, each key is
-indexed once (the cost of an appended key does not grow with the memory), and the slot of a neighbour is the block's
-first slot plus its position in the part.
-
-Letters as in `base`; P blocks to a memory.
+Letters as in `base`; P parts to a memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import itertools
+import json
 import time
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from recollect.memory_backends.atomic import write_json
+from recollect.memory_backends.background import Job, submit
 from recollect.memory_backends.base import MemoryBackend
-from recollect.memory_backends.errors import InvalidSpec
+from recollect.memory_backends.errors import BuildFailed, CorruptMemory, InvalidSpec
+from recollect.memory_backends.locking import ReadersWriterLock
+from recollect.memory_backends.merging import FAN_OUT, PARTS, RUN, SMALLEST_PART, MergePolicy, Run
 from recollect.memory_backends.options import KeyStorageOptions
+from recollect.memory_backends.out_of_memory import as_out_of_memory, ran_out
 from recollect.memory_backends.raw_keys import rescore
 from recollect.memory_backends.ring_search import search_ring
 from recollect.memory_backends.threads import run_all
-
-PARTS = 4
-"""Blocks that a memory is cut into unless `part_size` says otherwise."""
-SMALLEST_PART = 32
-"""Below this many keys an index costs more than it saves, whatever the library."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +49,45 @@ class PartOptions(KeyStorageOptions):
 
     part_size: int = field(
         default=0,
-        metadata={"help": f"most keys in a sealed part; 0: a quarter of the capacity, at least {SMALLEST_PART}"},
+        metadata={"help": "most keys in a sealed part; 0: by the capacity, at most a quarter of it"},
+    )
+    run_size: int = field(
+        default=0,
+        metadata={
+            "help": f"keys that are sealed at first, until when they are searched exactly; 0: {RUN}, or a quarter of "
+            f"the capacity if that is less, at least {SMALLEST_PART}"
+        },
+    )
+    fan_out: int = field(
+        default=FAN_OUT,
+        metadata={
+            "help": "parts of one size that are merged into a larger one; 1: never merged",
+            "unseen": f"a memory of fewer than {RUN * PARTS * 2} keys merges nothing by default",
+        },
+    )
+    background: bool = field(
+        default=True,
+        metadata={
+            "help": "build indexes in the background; false: in the append that fills a run, which then waits",
+            "unseen": "it changes when an index serves while keys stream in, and nothing of a memory filled at once",
+        },
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.part_size < 0:
-            raise ValueError(f"part_size={self.part_size} is below 0")
+        for name, least in (("part_size", 0), ("run_size", 0), ("fan_out", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} is below {least}")
+        if self.part_size and self.run_size > self.part_size:
+            raise ValueError(f"run_size={self.run_size} exceeds part_size={self.part_size}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """An index over a run of keys; position i in it is key number `run.start` + i."""
+
+    run: Run
+    index: Any
 
 
 class SegmentedBackend(MemoryBackend):
@@ -70,25 +101,46 @@ class SegmentedBackend(MemoryBackend):
     exact_scores: ClassVar[bool] = True
     parallel: ClassVar[bool] = True
     """The library releases the interpreter lock, so parts can be built and searched side by side."""
+    background_from: ClassVar[int] = 1024
+    """Runs of fewer keys are built at once: that takes less than handing them over and searching them meanwhile."""
 
     def __init__(self, options: Any = None, **arguments: Any) -> None:
         super().__init__(options, **arguments)
-        part_size = self.options.part_size
-        if part_size > self.capacity:
-            raise InvalidSpec(f"{self.name!r}: part_size={part_size} exceeds the capacity of {self.capacity} keys")
-        if part_size == 0:
-            part_size = min(self.capacity, max(SMALLEST_PART, -(-self.capacity // PARTS)))
-        blocks = -(-self.capacity // part_size)
-        self.bounds = [block * self.capacity // blocks for block in range(blocks + 1)]
-        """P + 1 slots: block b is slots bounds[b] to bounds[b + 1] - 1."""
-        self.parts: list[list[Any]] = [[None] * blocks for _ in range(self.num_memories)]
-        """The sealed part of each memory and block, None where the block is not sealed."""
+        for name in ("part_size", "run_size"):
+            if getattr(self.options, name) > self.capacity:
+                raise InvalidSpec(
+                    f"{self.name!r}: {name}={getattr(self.options, name)} exceeds the capacity of {self.capacity} keys"
+                )
+        self.policy = MergePolicy.make(
+            self.capacity,
+            part_size=self.options.part_size,
+            run_size=self.options.run_size,
+            fan_out=self.options.fan_out,
+            smallest=self._smallest_part(),
+            background_from=self.background_from if self.options.background else None,
+        )
+        self.parts: list[tuple[Part, ...]] = [()] * self.num_memories
+        """The parts that serve each memory, oldest first. Replaced whole, so that a search sees one state of it."""
+        self.settled: list[int] = [0] * self.num_memories
+        """Indexes over keys before this number did not wait for their lag."""
+        self.failed: list[set[Run]] = [set() for _ in range(self.num_memories)]
+        """Runs that could not be built, and are not tried again."""
+        self.jobs: list[dict[Run, Job[Any]]] = [{} for _ in range(self.num_memories)]
+        """What is built in the background for each memory, or is built and not taken in yet."""
+        self._quiet_until: list[int] = [0] * self.num_memories
+        """Below this number of keys nothing is sealed, taken in or dropped."""
+        self._settling = ReadersWriterLock()
+        """`_wait` changes parts while others search: one at a time."""
 
     # What a backend fills in ------------------------------------------------------------------------------------------
 
     @abstractmethod
     def _build_part(self, keys: np.ndarray, seed: int) -> Any:
-        """An index over keys (n, D), n >= `_smallest_part()`. It must not keep `keys`, which the ring reuses."""
+        """An index over keys (n, D), n >= `_smallest_part()`.
+
+        It runs in a thread of its own, beside every other hook. It must not keep `keys`, which the ring reuses, and
+        should call `background.checkpoint()` between stretches of some tens of milliseconds.
+        """
 
     @abstractmethod
     def _search_part(self, part: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -99,7 +151,7 @@ class SegmentedBackend(MemoryBackend):
         """Bytes that a part takes, its own copy of the keys included."""
 
     def _smallest_part(self) -> int:
-        """Blocks with fewer slots than this are never sealed but searched exactly."""
+        """Runs of fewer keys than this are never sealed but searched exactly."""
         return 1
 
     def _is_exact(self, part: Any) -> bool:
@@ -113,128 +165,242 @@ class SegmentedBackend(MemoryBackend):
     # The contract -----------------------------------------------------------------------------------------------------
 
     def _add(self, keys: Tensor, slots: Tensor, memories: Tensor) -> None:
-        for memory, first in zip(memories.tolist(), slots[:, 0].tolist(), strict=True):
-            for block in self._touched(first, slots.shape[1]):
-                self.parts[memory][block] = None
-        self._seal(memories)
+        load = bool(self.policy.sizes) and keys.shape[1] >= min(2 * self.policy.sizes[0], self.capacity)
+        self._bring_up(memories.tolist(), settle=load)
 
     def _reset(self, memories: Tensor) -> None:
         for memory in memories.tolist():
-            self.parts[memory] = [None] * len(self.parts[memory])
+            self._forget_jobs(memory)
+            self.parts[memory] = ()
+            self.settled[memory] = self._quiet_until[memory] = 0
+            self.failed[memory] = set()
+
+    def _recover(self, memories: Tensor) -> None:
+        # The parts are as they were; but what is being built may have read keys of the append that failed.
+        for memory in memories.tolist():
+            self._forget_jobs(memory)
+            self._quiet_until[memory] = 0
+        self._bring_up(memories.tolist())
 
     def _search(self, queries: Tensor, k: int, memories: Tensor) -> tuple[Tensor, Tensor]:
-        found = [*self._search_sealed(queries, k, memories), *self._search_unsealed(queries, k, memories)]
+        parts = [self.parts[memory] for memory in memories.tolist()]
+        found = [*self._search_sealed(queries, k, memories, parts), *self._search_rest(queries, k, memories, parts)]
         if len(found) == 1:
             scores, slots = found[0]
         else:
-            scores, slots = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
+            scores, slots = (torch.cat(pieces, dim=-1) for pieces in zip(*found, strict=True))
         best, order = scores.topk(k, dim=-1)
         return best, slots.gather(-1, order).masked_fill_(best == -torch.inf, -1)
 
     def _index_bytes(self) -> int:
-        return sum(self._part_bytes(part) for parts in self.parts for part in parts if part is not None)
+        return sum(self._part_bytes(part.index) for parts in self.parts for part in parts)
+
+    def _pending_builds(self) -> int:
+        return sum(job.pending for jobs in self.jobs for job in tuple(jobs.values()))
+
+    def _wait(self) -> None:
+        with self._settling.writing:
+            self._bring_up(list(range(self.num_memories)), settle=True)
+
+    def _close(self) -> None:
+        jobs = [job for jobs in self.jobs for job in jobs.values()]
+        for memory in range(self.num_memories):
+            self._forget_jobs(memory)
+        for job in jobs:
+            job.join()
+        self.parts = [()] * self.num_memories
+
+    def _save(self, directory: Path) -> None:
+        failed = [[[run.start, run.stop] for run in sorted(runs)] for runs in self.failed]
+        write_json(directory / "parts.json", {"settled": self.settled, "failed": failed})
 
     def _restore(self, directory: Path) -> None:
-        # A part depends on its keys, its block and the seed alone, so a rebuilt one answers as the saved one did.
-        self._seal(torch.arange(self.num_memories))
+        # A part depends on its keys, their numbers and the seed alone, so a rebuilt one answers as the saved one did.
+        path = directory / "parts.json"
+        if path.exists():
+            try:
+                about = json.loads(path.read_text(encoding="utf-8"))
+                self.settled = [int(number) for number in about["settled"]]
+                self.failed = [{Run(int(start), int(stop)) for start, stop in runs} for runs in about["failed"]]
+            except (ValueError, TypeError, KeyError) as error:
+                raise CorruptMemory(f"{path} does not tell the parts of a {self.name!r} memory: {error}") from error
+            if not len(self.settled) == len(self.failed) == self.num_memories:
+                raise CorruptMemory(f"{path} tells of {len(self.settled)} memories, not {self.num_memories}")
+        else:  # written when every run was sealed at once
+            self.settled = self.ring.totals.tolist()
+        self._bring_up(list(range(self.num_memories)))
 
-    # Sealing ----------------------------------------------------------------------------------------------------------
+    # Sealing and merging ----------------------------------------------------------------------------------------------
 
-    def _touched(self, first: int, count: int) -> list[int]:
-        """The blocks that `count` slots from `first` on fall into; the ring goes round."""
-        blocks = len(self.bounds) - 1
-        last = (first + count - 1) % self.capacity
-        begin, end = self._block_of(first), self._block_of(last)
-        if count >= self.capacity or (begin == end and last < first):
-            return list(range(blocks))
-        return [(begin + step) % blocks for step in range((end - begin) % blocks + 1)]
+    def _bring_up(self, memories: list[int], *, settle: bool = False) -> None:
+        """Begins, takes in and drops indexes, as the policy says for the keys that there are now.
 
-    def _block_of(self, slot: int) -> int:
-        blocks = len(self.bounds) - 1
-        block = min(slot * blocks // self.capacity, blocks - 1)
-        # Rounding may put the guess one too low, never elsewhere.
-        return block + 1 if block + 1 < blocks and slot >= self.bounds[block + 1] else block
-
-    def _seal(self, memories: Tensor) -> None:
-        """Builds a part for each block that is full, not being overwritten, and has none yet."""
-        due: list[tuple[int, int]] = []
-        lengths, totals = self.ring.lengths, self.ring.totals
-        for memory in memories.tolist():
-            length, position = int(lengths[memory]), int(totals[memory]) % self.capacity
-            for block, part in enumerate(self.parts[memory]):
-                start, stop = self.bounds[block], self.bounds[block + 1]
-                big_enough = stop - start >= self._smallest_part()
-                if part is None and big_enough and length >= stop and not start < position < stop:
-                    due.append((memory, block))
+        Nothing of the memory is changed until all that is needed is there.
+        """
+        totals = self.ring.totals.tolist()
+        due = [memory for memory in memories if settle or totals[memory] >= self._quiet_until[memory]]
         if not due:
             return
+        settled = {memory: totals[memory] if settle else self.settled[memory] for memory in due}
+        serving = {memory: self.policy.serving(totals[memory], settled[memory], self.failed[memory]) for memory in due}
+        kept = {memory: {part.run: part for part in self.parts[memory]} for memory in due}
+        begun = {memory: self.policy.begun(totals[memory], settled[memory], self.failed[memory]) for memory in due}
+        for memory in due:
+            for run in begun[memory]:
+                if run not in self.jobs[memory]:
+                    self.jobs[memory][run] = submit(self._build_task(memory, run), len(run))
+        wanted = [(memory, run) for memory in due for run in serving[memory] if run not in kept[memory]]
+        for (memory, run), index in zip(wanted, self._obtain(wanted), strict=True):
+            kept[memory][run] = Part(run, index)
+        for memory in due:
+            self.parts[memory] = tuple(kept[memory][run] for run in serving[memory])
+            self.settled[memory] = settled[memory]
+            self._quiet_until[memory] = self.policy.next_change(totals[memory])
+            for run in [run for run in self.jobs[memory] if run not in begun[memory]]:
+                self.jobs[memory].pop(run).abandon()  # taken in, or wanted no more
+
+    def _obtain(self, wanted: list[tuple[int, Run]]) -> list[Any]:
+        """The indexes over these runs: those that were begun in the background, the others built now."""
+        if not wanted:
+            return []
+        begun = [self.jobs[memory].get(run) for memory, run in wanted]
         started = time.perf_counter()
-        for (memory, block), part in zip(due, self._run([self._build_task(*which) for which in due]), strict=True):
-            self.parts[memory][block] = part
-        self.build_seconds += time.perf_counter() - started
+        late = any(job is not None and job.pending for job in begun)
+        tasks: list[Callable[[], Any]] = [
+            functools.partial(_outcome, job) if job else self._build_task(memory, run)
+            for (memory, run), job in zip(wanted, begun, strict=True)
+        ]
+        made = run_all(tasks) if self.parallel else [task() for task in tasks]
+        taken = time.perf_counter() - started
+        if late:
+            self.stalled_seconds += taken
+        if None in begun:
+            self.build_seconds += taken
+        self.build_seconds += sum(job.seconds for job in begun if job is not None)
+        failures = [(*which, job.error) for which, job in zip(wanted, begun, strict=True) if job and job.error]
+        if failures:
+            self._tell(failures)
+        return made
 
-    def _build_task(self, memory: int, block: int) -> Callable[[], Any]:
-        keys = self.ring.chunk(memory, self.bounds[block], self.bounds[block + 1]).cpu().numpy()
+    def _tell(self, failures: list[tuple[int, Run, BaseException]]) -> NoReturn:
+        """Raises what builds in the background have raised, of which none is tried again."""
+        for memory, run, _ in failures:
+            self.failed[memory].add(run)
+        memory, run, error = failures[0]
+        if ran_out(error):
+            doing = f"to build an index over {len(run)} keys of a {self.spec!r} memory in the background"
+            raise as_out_of_memory(error, doing) from error
+        others = f", and so did {len(failures) - 1} others" if len(failures) > 1 else ""
+        raise BuildFailed(
+            f"building an index over keys {run.start} to {run.stop - 1} of memory {memory} of a {self.spec!r} memory "
+            f"failed ({type(error).__name__}: {error}){others}: no key is lost, they are searched without it; call "
+            "again to go on"
+        ) from error
+
+    def _build_task(self, memory: int, run: Run) -> Callable[[], Any]:
         # Not Python's hash: it differs from run to run for some types, and this must not.
-        seed = (self.seed * 1_000_003 + memory * 1_009 + block) % (2**31 - 1)
-        return functools.partial(self._build_part, keys, seed)
+        seed = (self.seed * 1_000_003 + memory * 1_009 + run.start * 31 + len(run)) % (2**31 - 1)
+        return functools.partial(self._build, memory, run, seed)
 
-    def _run(self, tasks: list[Callable[[], Any]]) -> list[Any]:
-        return run_all(tasks) if self.parallel else [task() for task in tasks]
+    def _build(self, memory: int, run: Run, seed: int) -> Any:
+        # The ring moves on meanwhile. When it comes to overwrite these keys the index is wanted no more.
+        return self._build_part(self.ring.in_order(memory, run.start, run.stop).cpu().numpy(), seed)
+
+    def _forget_jobs(self, memory: int) -> None:
+        for job in self.jobs[memory].values():
+            job.abandon()
+        self.jobs[memory] = {}
 
     # Searching --------------------------------------------------------------------------------------------------------
 
-    def _search_sealed(self, queries: Tensor, k: int, memories: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Candidates of the sealed parts: scores and slots (M', Q, any), or nothing if no part is sealed."""
-        rows = memories.tolist()
-        blocks = [b for b in range(len(self.bounds) - 1) if any(self.parts[m][b] is not None for m in rows)]
-        if not blocks:
+    def _search_sealed(
+        self, queries: Tensor, k: int, memories: Tensor, parts: list[tuple[Part, ...]]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Candidates of the parts: scores and slots (M', Q, any), or nothing if there is no part."""
+        columns = max(len(sealed) for sealed in parts)
+        if not columns:
             return []
         width = self._fetch(k)
-        shape = (*queries.shape[:2], len(blocks), width)
+        shape = (*queries.shape[:2], columns, width)
         scores = np.full(shape, -np.inf, dtype=np.float32)
         slots = np.full(shape, -1, dtype=np.int64)
         plain = queries.cpu().numpy()
 
-        def search(row: int, column: int, part: Any) -> None:
-            start, stop = self.bounds[blocks[column]], self.bounds[blocks[column] + 1]
-            wanted = min(width, stop - start)
-            found, positions = self._search_part(part, plain[row], wanted)
+        def search(row: int, column: int, part: Part) -> None:
+            wanted = min(width, len(part.run))
+            found, positions = self._search_part(part.index, plain[row], wanted)
             missing = positions < 0
             target = slots[row, :, column, :wanted]
+            start = part.run.start % self.capacity
             np.add(positions, start, out=target, casting="unsafe")
+            if start + len(part.run) > self.capacity:
+                target[target >= self.capacity] -= self.capacity
             scores[row, :, column, :wanted] = found
             if missing.any():
                 target[missing] = -1
                 scores[row, :, column, :wanted][missing] = -np.inf
 
-        self._run(
-            [
-                functools.partial(search, row, column, self.parts[memory][block])
-                for row, memory in enumerate(rows)
-                for column, block in enumerate(blocks)
-                if self.parts[memory][block] is not None
-            ]
-        )
+        tasks = [
+            functools.partial(search, row, column, part)
+            for row, sealed in enumerate(parts)
+            for column, part in enumerate(sealed)
+        ]
+        if self.parallel:
+            run_all(tasks)
+        else:
+            for task in tasks:
+                task()
         all_scores = torch.from_numpy(scores).flatten(2).to(self.device)
         all_slots = torch.from_numpy(slots).flatten(2).to(self.device)
-        if all(self._is_exact(part) for memory in rows for part in self.parts[memory] if part is not None):
+        if all(self._is_exact(part.index) for sealed in parts for part in sealed):
             return [(all_scores, all_slots)]
-        if len(blocks) > 1:
+        if columns > 1:
             all_scores, order = all_scores.topk(width, dim=-1, sorted=False)
             all_slots = all_slots.gather(-1, order)
         return [rescore(self.ring, queries, all_slots, k, memories, metric=self.metric)]
 
-    def _search_unsealed(self, queries: Tensor, k: int, memories: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Exact search of the blocks that have no part: the k best scores and slots (M', Q, k) of each such block."""
+    def _search_rest(
+        self, queries: Tensor, k: int, memories: Tensor, parts: list[tuple[Part, ...]]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Exact search of the keys without a part: the k best scores and slots (M', Q, k) of each stretch of slots."""
         which = memories.tolist()
-        lengths = self.ring.lengths[memories].tolist()
-        found = []
-        for block, (start, stop) in enumerate(itertools.pairwise(self.bounds)):
-            alive = [
-                min(length, stop) - start if self.parts[memory][block] is None and length > start else 0
-                for memory, length in zip(which, lengths, strict=True)
-            ]
-            if any(alive):
-                found.append(search_ring(self.ring, queries, k, which, alive, self.metric, first=start))
-        return found
+        totals = self.ring.totals[memories].tolist()
+        stretches: dict[int, list[int]] = {}
+        """Lengths (M') by first slot: memories that move together are searched together."""
+        for row, (total, sealed) in enumerate(zip(totals, parts, strict=True)):
+            for first, length in self._unsealed(total, sealed):
+                stretches.setdefault(first, [0] * len(which))[row] = length
+        return [
+            search_ring(self.ring, queries, k, which, lengths, self.metric, first=first)
+            for first, lengths in sorted(stretches.items())
+        ]
+
+    def _unsealed(self, total: int, sealed: tuple[Part, ...]) -> list[tuple[int, int]]:
+        """Stretches of slots (first, length) whose keys no part holds; those next to each other are one."""
+        oldest = max(0, total - self.capacity)
+        edges = [oldest, *(edge for part in sealed for edge in (part.run.start, part.run.stop)), total]
+        runs = [(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True) if start < stop]
+        pieces = []
+        for start, stop in runs:
+            first, length = start % self.capacity, stop - start
+            here = min(length, self.capacity - first)
+            pieces.append((first, here))
+            if here < length:
+                pieces.append((0, length - here))
+        joined: list[tuple[int, int]] = []
+        for first, length in sorted(pieces):
+            if joined and sum(joined[-1]) == first:
+                joined[-1] = (joined[-1][0], joined[-1][1] + length)
+            else:
+                joined.append((first, length))
+        return joined
+
+
+def _outcome(job: Job[Any]) -> Any:
+    """What a job gave, None where it failed: then `job.error` tells."""
+    with contextlib.suppress(Exception):
+        return job.result()
+    return None
+
+
+__all__ = ["PARTS", "SMALLEST_PART", "Part", "PartOptions", "SegmentedBackend"]

@@ -48,7 +48,8 @@ class BackendConformance(InputConformance):
     Attributes:
         backend_spec: the registry string to check.
         exact_scores: set it to False, with a comment that says why, for a backend whose scores are not the true ones.
-        no_visible_effect: options that change neither answers nor size (say, a number of threads), with the reason.
+        no_visible_effect: options that change neither answers nor size (say, a number of threads), with the reason; so
+            does an entry "unseen" in the metadata of the option itself.
         examples: histories that the state machine tries.
         large_capacity: C where recall and the effect of options are judged.
     """

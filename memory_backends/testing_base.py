@@ -176,7 +176,7 @@ class InputConformance(ConformanceBase):
         cls = backend_class(name)
         reference = self.fingerprint(name)
         for option in dataclasses.fields(cls.Options):
-            if option.name in self.no_visible_effect:
+            if option.name in self.no_visible_effect or option.metadata.get("unseen"):
                 continue
             tried, changed = 0, False
             for value in _other_values(typing.get_type_hints(cls.Options)[option.name], option.default):

@@ -5,12 +5,15 @@ get in each other's way, so here they all follow `torch.get_num_threads()`:
 
 * several memories or parts are worked on at once, one thread of ours for each, and the library inside uses one
   thread. That keeps builds deterministic: a graph that several threads insert into depends on which came first;
-* a single task leaves the threads to the library itself, if the library's answer does not depend on them.
+* a single task leaves the threads to the library itself, if the library's answer does not depend on them;
+* what is built in the background (`background`) is built on half as many threads of its own, of the lowest priority:
+  a search that wants every core gets it, and the builders get what it leaves.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,13 +43,23 @@ def run_all(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
     return list(_pool(threads).map(lambda task: task(), tasks))
 
 
+def builder_threads() -> int:
+    """How many threads may build in the background."""
+    return max(1, torch.get_num_threads() // 2)
+
+
+def enter_worker() -> None:
+    """Tells that this thread is one of several at work: a library inside gets one thread."""
+    _inside.worker = True
+
+
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="recollect", initializer=_enter_pool)
+    return ThreadPoolExecutor(threads, thread_name_prefix="recollect", initializer=enter_worker)
 
 
-def _enter_pool() -> None:
-    _inside.worker = True
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # the child has none of its threads
 
 
 def set_faiss_threads(faiss: ModuleType, threads: int | None = None) -> None:

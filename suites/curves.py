@@ -320,8 +320,7 @@ def scout(
     settings: Sequence[Settings],
     *,
     jump: float = JUMP,
-    targets: Sequence[tuple[str, float]] = (),
-    least: float = 0.0,
+    target: tuple[str, float] | None = None,
     passes: int = 2,
 ) -> list[Settings]:
     """Judges settings on one batch, adds what the curve lacks and leaves out what is waste; returns what to measure.
@@ -330,8 +329,7 @@ def scout(
         meter: only lends its judgement: what is judged here is not counted.
         settings: to begin with.
         jump: of recall between neighbours, above which one is put between them.
-        targets: figures ('recall_at_k' or 'softmax_mass') with the values around which neighbours are refined.
-        least: settings whose recall is below are left out, but for the one that finds most.
+        target: figure ('recall_at_k' or 'softmax_mass') and value around which neighbours are refined.
         passes: refinements, one upon the other.
     """
     trial = CurveMeter(meter.k, rows=1)
@@ -343,17 +341,15 @@ def scout(
             break
         recall = [trial.figure(setting, "recall_at_k") for setting in found]
         todo = refined(found, recall, jump=jump)
-        for name, value in targets:
-            figures = [trial.figure(setting, name) for setting in found]
-            todo = refined(found, figures, jump=1.0, target=value) + todo
+        if target is not None:
+            figures = [trial.figure(setting, target[0]) for setting in found]
+            todo = refined(found, figures, jump=1.0, target=target[1]) + todo
         todo = [setting for place, setting in enumerate(todo) if setting not in todo[:place]]
         if not todo:
             break
         found += todo
     recall = [trial.figure(setting, "recall_at_k") for setting in found]
-    floor = min(least, max(recall))
-    kept = [place for place, value in enumerate(recall) if value >= floor]
-    return without_waste([found[place] for place in kept], [recall[place] for place in kept])
+    return without_waste(found, recall)
 
 
 def measure_curve(
@@ -367,7 +363,7 @@ def measure_curve(
     exact: MemoryBackend | None = None,
     scale: Tensor | None = None,
     jump: float = JUMP,
-    targets: Sequence[tuple[str, float]] = (),
+    target: tuple[str, float] | None = None,
     clock: Clock = "wall",
     on_step: OnStep | None = None,
 ) -> list[CurvePoint]:
@@ -382,7 +378,7 @@ def measure_curve(
         rounds: timed searches of each setting for each batch.
         exact: an exact backend that holds the same keys: timed beside, for `exact_ratio`.
         scale: (M,) for the softmax mass, where `exact` is asked for the truth.
-        jump, targets: as for `scout`, which refines the settings on the first batch.
+        jump, target: as for `scout`, which refines the settings on the first batch.
         clock: 'wall', or 'cpu' for the time of this process alone.
         on_step: is told how many of how many batches are done.
 
@@ -401,7 +397,7 @@ def measure_curve(
         truth = [exact_truth(exact, batch, k, scale=scale) for batch in queries]
     meter = CurveMeter(k, rounds=rounds, clock=clock)
     settings = settings_of(type(backend).curve if axes is None else axes)
-    settings = scout(meter, backend, queries[0], truth[0], settings, jump=jump, targets=targets)
+    settings = scout(meter, backend, queries[0], truth[0], settings, jump=jump, target=target)
     for number, (batch, right) in enumerate(zip(queries, truth, strict=True)):
         meter.measure(backend, batch, right, settings, exact=exact)
         if on_step is not None:

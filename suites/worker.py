@@ -44,7 +44,6 @@ def main() -> int:
         "larger": _measure_larger,
         "ablation": _ablate,
         "ann": _ann,
-        "crossover": _climb,
     }
     kinds[task["kind"]](task, tell)
     tell("end")
@@ -191,13 +190,6 @@ def _ann(task: dict[str, Any], tell: Tell) -> None:
 
     with _writing(tell, task["output"]):
         work(task, tell)
-
-
-def _climb(task: dict[str, Any], tell: Tell) -> None:
-    from .crossover_run import climb
-
-    with _writing(tell, task["output"]):
-        climb(task, tell)
 
 
 @contextlib.contextmanager

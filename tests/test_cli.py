@@ -31,7 +31,6 @@ VERBS = [
     "generate",
     "inspect",
     "compare",
-    "crossover",
     "ablate",
     "report",
     "trace",

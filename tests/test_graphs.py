@@ -67,7 +67,7 @@ def test_hnswlib_finds_fewer_than_k_without_raising() -> None:
     # Far clusters and hardly any links leave keys that no walk reaches.
     keys = vectors(1, 400, 4) + 100 * vectors(1, 8, 4, seed=1).repeat_interleave(50, 1)[:, torch.randperm(400)]
     backend.add(keys)
-    index = backend.parts[0][0][0]
+    index = backend.parts[0][0].index[0]
     with pytest.raises(RuntimeError):
         index.knn_query(keys[0, :40].numpy(), 100, num_threads=1)
     result = backend.search(keys[:, :40], 400)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from recollect.memory_backends import InvalidSpec, make_backend
-from recollect.memory_backends.segments import PartOptions, SegmentedBackend
+from recollect.memory_backends.merging import Run
+from recollect.memory_backends.segments import Part, PartOptions, SegmentedBackend
 
 
 class Counting(SegmentedBackend):
@@ -46,7 +47,7 @@ class Quantised(Counting):
         return np.round(scores), positions
 
     def _fetch(self, k: int) -> int:
-        return 3 * k
+        return 5 * k
 
 
 class Forgetful(Counting):
@@ -65,26 +66,6 @@ def make(capacity: int, part_size: int = 0, cls: type[Counting] = Counting, num_
 
 def vectors(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize("capacity", [1, 2, 7, 32, 33, 100])
-@pytest.mark.parametrize("part_size", [1, 2, 3, 10, 32])
-def test_blocks_cover_the_slots_and_touched_names_those_overwritten(capacity: int, part_size: int) -> None:
-    if part_size > capacity:
-        with pytest.raises(InvalidSpec, match=str(part_size)):
-            make(capacity, part_size)
-        return
-    backend = make(capacity, part_size)
-    sizes = np.diff(backend.bounds)
-    assert backend.bounds[0] == 0
-    assert backend.bounds[-1] == capacity
-    assert sizes.min() >= 1
-    assert sizes.max() <= part_size
-    owner = np.repeat(np.arange(len(sizes)), sizes)
-    for first in range(capacity):
-        for count in {1, 2, part_size, capacity - 1, capacity} - {0}:
-            slots = (first + np.arange(count)) % capacity
-            assert set(backend._touched(first, count)) == set(owner[slots].tolist())
 
 
 @pytest.mark.parametrize("cls", [Counting, Quantised])
@@ -108,29 +89,46 @@ def test_answers_are_those_of_exact_search(cls: type[Counting], capacity: int, p
     assert backend.searched > (0 if part_size == capacity else 100)
 
 
-def test_each_key_is_indexed_once_whatever_the_capacity() -> None:
+def test_each_key_is_indexed_once_for_each_level_whatever_the_capacity() -> None:
     for capacity in (64, 256, 1024):
         backend = make(capacity, 32)
         for step in range(4 * capacity // 16):
             backend.add(vectors(1, 16, 6, seed=step))
         assert sum(backend.built) == 4 * capacity
+        merging = Counting(PartOptions(part_size=32, run_size=16, fan_out=2), num_memories=1, capacity=capacity, dim=6)
+        for step in range(4 * capacity // 16):
+            merging.add(vectors(1, 16, 6, seed=step))
+        assert sum(merging.built) == 1.5 * 4 * capacity  # every second run of 16 completes one of 32
 
 
-def test_at_most_one_block_is_searched_exactly() -> None:
+def test_less_than_two_runs_are_searched_exactly() -> None:
     backend = make(40, 10)
     backend.add(vectors(1, 40, 6))
-    assert all(part is not None for part in backend.parts[0])
-    for position in range(1, 85):
+    assert [(part.run.start, part.run.stop) for part in backend.parts[0]] == [(0, 10), (10, 20), (20, 30), (30, 40)]
+    for position in range(41, 125):
         backend.add(vectors(1, 1, 6, seed=position))
-        unsealed = [block for block, part in enumerate(backend.parts[0]) if part is None]
-        assert unsealed == ([] if position % 10 == 0 else [position % 40 // 10])
+        assert len(backend.parts[0]) == (4 if position % 10 == 0 else 3)
+        assert sum(length for _, length in backend._unsealed(position, backend.parts[0])) == (
+            0 if position % 10 == 0 else 10
+        )
 
 
-def test_an_add_longer_than_the_capacity_builds_each_block_once() -> None:
+def test_an_add_longer_than_the_capacity_builds_each_run_once() -> None:
     backend = make(40, 10)
     backend.add(vectors(1, 1007, 6))
-    assert backend.built == [10, 10, 10]  # slots 0 to 6 of the first block are newer than 7 to 9: it is open
-    assert backend.parts[0][0] is None
+    assert backend.built == [10, 10, 10]
+    assert [part.run.start for part in backend.parts[0]] == [970, 980, 990]
+    assert backend._unsealed(1007, backend.parts[0]) == [(0, 10)]  # slots 0 to 6 the newest, 7 to 9 the oldest keys
+
+
+def test_stretches_without_a_part_go_round_the_ring() -> None:
+    backend = make(40, 10)
+    assert backend._unsealed(0, ()) == []
+    assert backend._unsealed(25, ()) == [(0, 25)]
+    assert backend._unsealed(57, ()) == [(0, 40)]
+    parts = (Part(Run(20, 30), None), Part(Run(30, 40), None))
+    assert backend._unsealed(57, parts) == [(0, 20)]
+    assert backend._unsealed(57, (Part(Run(20, 30), None), Part(Run(40, 50), None))) == [(10, 10), (30, 10)]
 
 
 def test_missing_neighbours_stay_missing() -> None:
@@ -155,7 +153,7 @@ def test_scores_of_rough_parts_are_those_of_the_raw_keys() -> None:
 def test_parts_have_seeds_of_their_own() -> None:
     backend = make(40, 10, num_memories=2)
     backend.add(vectors(2, 40, 6))
-    seeds = [part[1] for parts in backend.parts for part in parts]
+    seeds = [part.index[1] for parts in backend.parts for part in parts]
     assert len(set(seeds)) == len(seeds) == 8
 
 
@@ -171,5 +169,6 @@ def test_index_bytes_and_build_seconds() -> None:
 def test_options_are_checked() -> None:
     with pytest.raises(InvalidSpec, match="part_size=-1"):
         make_backend("hnswlib:part_size=-1", num_memories=1, capacity=8, dim=2)
-    with pytest.raises(InvalidSpec, match="part_size=9"):
-        make_backend("hnswlib:part_size=9", num_memories=1, capacity=8, dim=2)
+    for wrong in ("part_size=9", "run_size=9", "fan_out=0", "run_size=4,part_size=2"):
+        with pytest.raises(InvalidSpec, match=wrong.partition(",")[0]):
+            make_backend(f"hnswlib:{wrong}", num_memories=1, capacity=8, dim=2)

@@ -13,6 +13,7 @@ epsilon brings them back: Gaussian keys of dimension 32 gave a recall of 0.77, o
 
 from __future__ import annotations
 
+import threading
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -26,6 +27,11 @@ from recollect.memory_backends.segments import PartOptions, SegmentedBackend
 
 COMPILED: set[int] = set()
 """Orders of magnitude (base 4) of the parts built in this process: numba compiles other functions for larger ones."""
+LARGEST_TRIAL = 32768
+"""Parts with more keys are not built for trial: it would take longer than compiling does."""
+_searching = threading.Lock()
+"""A search sets the state of a random generator that the index holds, and works in the index's own workspace. numba
+holds the interpreter lock, so that nothing is lost by letting one search go at a time."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +77,13 @@ class Pynndescent(SegmentedBackend):
     def __init__(self, options: Any = None, **arguments: Any) -> None:
         super().__init__(options, **arguments)
         self.library = self.import_library("pynndescent")
-        size = self.bounds[1] - self.bounds[0]
-        order = (size.bit_length() + 1) // 2
-        if order not in COMPILED and size >= self._smallest_part():
-            # Once here, so that neither an append nor `build_seconds` is charged with a compiler's time.
-            keys = np.random.default_rng(0).standard_normal((size, self.dim), dtype=np.float32)
-            self._search_part(self._build_part(keys, 0), keys[:2], 1)
-            COMPILED.add(order)
+        for size in self.policy.sizes:
+            order = (size.bit_length() + 1) // 2
+            if order not in COMPILED and size <= LARGEST_TRIAL:
+                # Once here, so that neither an append nor `build_seconds` is charged with a compiler's time.
+                keys = np.random.default_rng(0).standard_normal((size, self.dim), dtype=np.float32)
+                self._search_part(self._build_part(keys, 0), keys[:2], 1)
+                COMPILED.add(order)
 
     def _smallest_part(self) -> int:
         return self.options.n_neighbors + 1
@@ -115,10 +121,11 @@ class Pynndescent(SegmentedBackend):
         index, length, state = part
         asked = queries if self.metric == "l2" else queries_for_distances(queries, length, index.dim)
         # A search draws random starting points; from the same state, so that it can be repeated.
-        index.search_rng_state[:] = state
-        positions, distances = index.query(np.ascontiguousarray(asked), k=k, epsilon=self.options.epsilon)
-        # A copy: both are views of a workspace that the next query overwrites.
-        positions = positions.astype(np.int64)
+        with _searching:
+            index.search_rng_state[:] = state
+            positions, distances = index.query(np.ascontiguousarray(asked), k=k, epsilon=self.options.epsilon)
+            # Copies: both are views of a workspace that the next query overwrites.
+            positions, distances = positions.astype(np.int64), distances.copy()
         missing = ~np.isfinite(distances)
         if missing.any():
             positions[missing] = -1

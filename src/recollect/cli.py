@@ -18,7 +18,6 @@ from recollect.commands.ablate import ablate
 from recollect.commands.ann_benchmarks import ann_benchmarks
 from recollect.commands.backends import backends
 from recollect.commands.compare import compare
-from recollect.commands.crossover import crossover
 from recollect.commands.evaluate import evaluate
 from recollect.commands.generate import generate
 from recollect.commands.inspect import inspect
@@ -36,22 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-VERBS = (
-    backends,
-    train,
-    evaluate,
-    memorize,
-    generate,
-    inspect,
-    compare,
-    crossover,
-    ablate,
-    report,
-    trace,
-    ann_benchmarks,
-)
-
-for verb in VERBS:
+for verb in (backends, train, evaluate, memorize, generate, inspect, compare, ablate, report, trace, ann_benchmarks):
     app.command()(verb)
 
 
