@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recollect.memory_backends import make_backend
+from recollect.memory_backends import UnsupportedOperation, make_backend
 from recollect.memory_backends.triton_search import usable
 
 TESTS = Path(__file__).resolve().parent
@@ -44,6 +44,11 @@ def test_a_cpu_is_served_by_plain_torch() -> None:
     backend = make_backend("exact", num_memories=1, capacity=8192, dim=16)
     assert backend.fused is None
     assert backend.stats().index_bytes == 0
+
+
+def test_a_first_pass_of_8_bits_is_refused_where_there_is_no_card() -> None:
+    with pytest.raises(UnsupportedOperation, match=r"first_pass=int8.*capacity=8192"):
+        make_backend("approx-topk:first_pass=int8", num_memories=1, capacity=8192, dim=16)
 
 
 def test_importing_the_backends_imports_no_triton() -> None:

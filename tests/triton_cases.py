@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from recollect.memory_backends import make_backend, triton_search, triton_topk
-from recollect.memory_backends.implementations.approx_topk import expected_recall
+from recollect.memory_backends.implementations.approx_topk import _fused_shape, buckets_for, expected_recall
 from recollect.memory_backends.key_ring import KeyRing
 from recollect.memory_backends.options import KeyStorage
 from recollect.memory_backends.triton_keys import FIRST_PASSES, FirstPass, encode, margin_coefficient
@@ -277,3 +277,23 @@ def test_a_backend_uses_it_where_it_can(metric: str, monkeypatch: pytest.MonkeyP
         memory.add(vectors(1, 600, 16, seed=5), memories=[1])
     agree([1])
     assert lengths_served[-1] == 600
+
+
+@pytest.mark.parametrize("first_pass", ["float16", "int8"])
+def test_approximate_search_on_a_card_reaches_its_target(first_pass: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_search, "usable", lambda device: True)
+    settings = {"num_memories": 1, "capacity": 4200, "dim": 16}
+    backend = make_backend(f"approx-topk:first_pass={first_pass},recall_target=0.9", **settings)
+    keys, queries, k = vectors(1, 5000, 16), vectors(1, 48, 16, seed=1), 32
+    backend.add(keys)
+    shape = _fused_shape(4200, 4200, k, buckets_for(0.9, k, 4200))
+    assert shape == Shape(4, 128, 1)
+    result = backend.search(queries, k)
+    true = (queries @ keys[:, -4200:].mT).topk(k).values
+    recall = float((result.scores >= true[..., -1:] - 1e-5).float().mean())
+    assert abs(recall - expected_recall(4200 // shape.rounds, k, 4200)) < 0.015
+    assert recall > 0.9
+    found = backend.gather_keys(result.slots)
+    torch.testing.assert_close(result.scores, torch.einsum("mqd,mqkd->mqk", queries, found))
+    assert _fused_shape(4096, 4096, k, 4096) is None
+    assert _fused_shape(1 << 20, 1 << 20, k, 8000) == Shape(128, 128, 1)

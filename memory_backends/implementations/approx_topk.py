@@ -9,6 +9,10 @@ L comes from the recall that is asked for as in the paper's own code for TPUs (X
 from the lower bound (1 - 1/L)^(k-1) on the recall, rounded up to what a reduction by a power of two leaves, in whole
 vectors of 128 lanes. Key number s belongs to bucket s mod L: keys of one bucket lie far apart, since the keys of
 neighbouring tokens, which are alike, would otherwise hide each other.
+
+On a card with Triton no score is written (`triton_topk`): a bucket is then a block of the fused search, of which there
+are at least L, and the best 2 k of the block maxima are scored anew by their whole keys. The first pass may be of 8
+bits there; what recall that leaves is measured in benchmarks/gpu_check.py.
 """
 
 from __future__ import annotations
@@ -16,16 +20,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from recollect.memory_backends.base import Capabilities, MemoryBackend
 from recollect.memory_backends.block_topk import select_top
-from recollect.memory_backends.errors import InvalidInput, InvalidSpec
+from recollect.memory_backends.errors import InvalidInput, InvalidSpec, UnsupportedOperation
 from recollect.memory_backends.options import KeyStorageOptions
 from recollect.memory_backends.ring_search import search_ring
+from recollect.memory_backends.triton_keys import LANES as GPU_LANES
+from recollect.memory_backends.triton_keys import FirstPass
+from recollect.memory_backends.triton_search import OLDEST_CARD, FusedSearch
+from recollect.memory_backends.triton_topk import FEWEST_KEYS, MOST_BLOCKS, MOST_KEYS, OVERSAMPLED, Shape, power_of_two
 
 LANES = 128
 """Width of a TPU's vector: L is a multiple of it, and so few keys are searched exactly."""
@@ -96,6 +104,10 @@ class ApproxTopKOptions(KeyStorageOptions):
     buckets: int | None = field(
         default=None, metadata={"help": "number of buckets, at least k; takes the place of recall_target"}
     )
+    first_pass: FirstPass = field(
+        default="float16",
+        metadata={"help": "on a GPU: type in which queries and keys are compared first; 8 bits cost recall"},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,8 +135,21 @@ class ApproxTopK(MemoryBackend):
     curve: ClassVar = {"recall_target": (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)}
     recall_floor = 0.75
 
+    def __init__(self, options: Any = None, **arguments: Any) -> None:
+        super().__init__(options, **arguments)
+        first_pass = self.options.first_pass
+        self.fused = FusedSearch.where_usable(self.ring, self.metric, first_pass=first_pass, guard=False)
+        """Images of the keys for the search on a card; None where there is none."""
+        if self.fused is None and first_pass != ApproxTopKOptions().first_pass:
+            raise UnsupportedOperation(
+                f"'approx-topk': first_pass={first_pass} is an option of the search on a card of compute capability "
+                f"{'.'.join(map(str, OLDEST_CARD))} or above, with triton installed and room for {FEWEST_KEYS} to "
+                f"{MOST_KEYS} keys; this memory is on {str(self.device)!r} with capacity={self.capacity}: leave it out"
+            )
+
     def _add(self, keys: Tensor, slots: Tensor, memories: Tensor) -> None:
-        """Nothing: the ring is the index."""
+        if self.fused is not None:
+            self.fused.add(keys, slots, memories)
 
     def _search(self, queries: Tensor, k: int, memories: Tensor) -> tuple[Tensor, Tensor]:
         lengths = self.ring.lengths[memories].tolist()
@@ -133,11 +158,41 @@ class ApproxTopK(MemoryBackend):
                 f"k is {k}, but 'approx-topk' has buckets={self.options.buckets} and finds one neighbour in each: "
                 "give at least k buckets"
             )
+        if self.fused is not None and self.fused.serves(lengths, k):
+            shortest = min(length for length in lengths if length)
+            shape = _fused_shape(shortest, max(lengths), k, self._buckets(k, shortest))
+            if shape is not None:
+                return self.fused.search(queries, k, memories, lengths, shape=shape, open_blocks=False)
         select = partial(_select, options=self.options)
         return search_ring(self.ring, queries, k, memories, lengths, self.metric, select=select)
 
     def _reset(self, memories: Tensor) -> None:
-        """Nothing: the ring is the index."""
+        if self.fused is not None:
+            self.fused.reset(memories)
+
+    def _buckets(self, k: int, keys: int) -> int:
+        return self.options.buckets or buckets_for(self.options.recall_target, k, keys)
+
+    @classmethod
+    def _planned_index_bytes(cls, options: Any, *, capacity: int, dim: int, metric: str) -> int:
+        return 0  # Images of keys lie on a card, not in main memory.
+
+    def _index_bytes(self) -> int:
+        return 0 if self.fused is None else self.fused.nbytes
+
+
+def _fused_shape(shortest: int, longest: int, k: int, buckets: int) -> Shape | None:
+    """Blocks of the fused search that are at least `buckets` in each memory; None where they would be too many.
+
+    A run of LANES blocks that a memory does not fill has shorter blocks, so only whole runs count.
+    """
+    wanted = max(buckets, 2 * OVERSAMPLED * k)
+    rounds = power_of_two(shortest // wanted + 1) // 2
+    while rounds > 1 and shortest // (GPU_LANES * rounds) * GPU_LANES < wanted:
+        rounds //= 2
+    if rounds < 2 or -(-longest // (GPU_LANES * rounds)) * GPU_LANES > MOST_BLOCKS:
+        return None
+    return Shape(rounds, power_of_two(OVERSAMPLED * k + 32), 1)
 
 
 def _select(scores: Tensor, k: int, *, options: ApproxTopKOptions) -> tuple[Tensor, Tensor]:

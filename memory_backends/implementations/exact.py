@@ -43,5 +43,9 @@ class Exact(MemoryBackend):
         if self.fused is not None:
             self.fused.reset(memories)
 
+    @classmethod
+    def _planned_index_bytes(cls, options: Any, *, capacity: int, dim: int, metric: str) -> int:
+        return 0  # Images of keys lie on a card, not in main memory.
+
     def _index_bytes(self) -> int:
         return 0 if self.fused is None else self.fused.nbytes
