@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -28,8 +29,9 @@ from recollect.model.token_cache import TokenizedDocuments
 from recollect.model.twin import TwinLosses
 
 from .cells import SCHEMA, Cell, fingerprint, save_cell
+from .curve_stage import CURVES, EXPECTED_SECONDS, measure_curves, plan_curves
 from .environment import commit_of, core_digest, usable_cores
-from .larger import measure_larger
+from .larger import CROSSOVER, measure_larger
 from .options import CompareError, CompareOptions, CompareResult
 from .plan import (
     EARLIER,
@@ -47,6 +49,7 @@ from .progress import Estimate, Reporter, label
 from .provenance import describe, differences, in_words
 from .sharing import build_key
 from .workload import WorkloadSettings, begin_workload
+from .workload_curves import curve_build
 
 WORK = ".workload"
 """Folder in the output for what the measuring processes share; removed when everything is measured."""
@@ -82,6 +85,7 @@ class _Comparison:
         self.notes: list[str] = []
         self.cells: dict[str, Cell] = {}
         self.measured = 0
+        self.workload: Path | None = None
         self.estimate = Estimate()
 
     def run(self) -> CompareResult:
@@ -100,6 +104,7 @@ class _Comparison:
                 self.reporter.note(f"{reused} of {len(plan)} measurements are there already.")
             self._write_run(plan, finished=False)
             self._measure(plan)
+            self._curves()
             self._larger_memories()
             self._write_run(plan, finished=True)
             self._write_asv(plan)
@@ -130,6 +135,16 @@ class _Comparison:
                 f"{len(others)} earlier measurements had other settings ({what}): {kept}; what is asked for now is "
                 "measured anew. To have both, give another output folder."
             )
+        for name, asked in (
+            (CURVES, bool(self.options.curve_seconds)),
+            (CROSSOVER, bool(self.options.crossover_sizes)),
+        ):
+            # What is asked for is looked through, curve by curve and row by row, when it is measured.
+            found = differences((read_json(self.folder / name) or {}).get("provenance"), self.provenance)
+            if found and not asked:
+                (self.folder / EARLIER).mkdir(exist_ok=True)
+                os.replace(self.folder / name, self.folder / EARLIER / name)
+                self._note(f"{name} had other settings ({in_words(found)}): it is kept in {self.folder / EARLIER}.")
         if unasked:
             self._note(f"{unasked} earlier measurements are of specs or memory sizes not asked for now: {kept}.")
 
@@ -205,7 +220,9 @@ class _Comparison:
             self.reporter.note(self.notes[-1])
 
     def _prepare(self) -> Path:
-        """The workload folder, prepared."""
+        """The workload folder, prepared once."""
+        if self.workload is not None:
+            return self.workload
         options = self.options
         folder = (self.folder / WORK).resolve()
         settings = WorkloadSettings(
@@ -230,6 +247,7 @@ class _Comparison:
         )
         if last["event"] != "end":
             raise CompareError(f"the model's trunk and the exact answers could not be computed: {last['reason']}")
+        self.workload = folder
         return folder
 
     # Measurement
@@ -301,11 +319,39 @@ class _Comparison:
     def _expect(self, plan: Sequence[PlannedCell]) -> float:
         """How many seconds the rest will take; tells the bar."""
         left = sum(self.estimate.expected(cell) for cell in plan if cell.identity not in self.cells)
+        if seconds := self.options.curve_seconds:
+            builds = {(curve_build(cell.spec), cell.memory_size) for cell in plan if cell.memory_size and not cell.skip}
+            left += len(builds) * (seconds + EXPECTED_SECONDS)
+        left += self._after_curves()
+        self.reporter.expect(left)
+        return left
+
+    def _curves(self) -> None:
+        """The whole curve of each build, whose points the sweep's specs are."""
+        seconds = self.options.curve_seconds
+        if not seconds:
+            return
+        planned = plan_curves(list(self.cells.values()), {**self.shared, "core": core_digest()}, seconds=seconds)
+        note = measure_curves(
+            self.folder,
+            planned,
+            self._prepare,
+            seconds=seconds,
+            threads=self.threads,
+            timeout=self.options.cell_timeout,
+            provenance=self.provenance,
+            reporter=self.reporter,
+            expect=lambda left: self.reporter.expect(left * (seconds + EXPECTED_SECONDS) + self._after_curves()),
+        )
+        if note:
+            self._note(note)
+
+    def _after_curves(self) -> float:
+        left = 0.0
         if self.options.crossover_sizes:
-            left += LARGER_SECONDS * len({cell.backend for cell in plan})
+            left += LARGER_SECONDS * len({cell.backend for cell in self.cells.values()})
         if self.options.report:
             left += REPORT_SECONDS
-        self.reporter.expect(left)
         return left
 
     def _larger_memories(self) -> None:

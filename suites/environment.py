@@ -28,7 +28,18 @@ THREAD_VARIABLES = (
 LIBRARIES = ("torch", "numpy", "faiss-cpu", "faiss-gpu-cu12", "scann", "hnswlib", "pynndescent", "numba", "tokenizers")
 """Distributions whose versions a result names, where they are installed."""
 
-_MEASURING = ("cells", "crossover", "curve_settings", "curves", "measure", "noise", "oracle", "sharing", "workload")
+_MEASURING = (
+    "cells",
+    "crossover",
+    "curve_settings",
+    "curves",
+    "measure",
+    "noise",
+    "oracle",
+    "sharing",
+    "workload",
+    "workload_curves",
+)
 _EVALUATING = (
     "attention",
     "eviction",

@@ -19,6 +19,7 @@ from .progress import Reporter, label
 from .provenance import differences, in_words
 from .workload import save_text
 
+CROSSOVER = "crossover.json"
 STREAM, TEXT = "stream.safetensors", "stream-text.safetensors"
 
 GOOD_RECALL = 0.9
@@ -69,7 +70,7 @@ def measure_larger(
     Returns:
         Notes in one text, or '': which rows were of other settings and are measured anew, which sizes are left out.
     """
-    path = output / "crossover.json"
+    path = output / CROSSOVER
     specs = choose_specs(cells)
     backends = {cell.spec: cell.backend for cell in cells}
     marks = {spec: fingerprint({**settings, "spec": spec, "code": backend_digest(spec)}) for spec in specs}

@@ -162,9 +162,26 @@ def _warm_up(workload: Workload, spec: str, memory_size: int) -> None:
             trial.add(vectors)
 
 
-def _spread(segments: Sequence[int], number: int) -> set[int]:
+def spread(segments: Sequence[int], number: int) -> set[int]:
     """At most so many of the segments, evenly spread over them."""
     return {segments[round(place)] for place in np.linspace(0, len(segments) - 1, number)}
+
+
+def steady_segments(workload: Workload, memory_size: int) -> tuple[Tensor, Tensor]:
+    """(S,) bool twice: segments that all rows read, and among them those at which the memories are full.
+
+    Raises:
+        CellError: no segment is ever searched.
+    """
+    config, text = workload.model.config, workload.text
+    reading = text.lengths > 0  # (S, B)
+    by_row = workload.oracle(memory_size).live.view(text.segments, text.rows, config.heads)[:, :, 0].double()
+    everyone = reading.sum(1) == int(reading.sum(1).max())
+    fill = (by_row * reading).sum(1) / reading.sum(1).clamp(min=1)
+    fullest = float(fill[everyone].max())
+    if not fullest:
+        raise CellError("no segment is ever searched: every document is one segment long; give longer documents")
+    return everyone, everyone & (fill >= FULL * fullest)
 
 
 class _Watched:
@@ -174,29 +191,19 @@ class _Watched:
         self.workload = workload
         self.made = made
         self.memory_size = made[0].capacity
-        config, text = workload.model.config, workload.text
-        self.judge = Judge(workload.oracle(self.memory_size), text.is_text)
+        self.judge = Judge(workload.oracle(self.memory_size), workload.text.is_text)
         options = search_options(spec)
         self.observed = SharedBackend(made[0], options=options, appends=appends, on_search=self._on_search)
         self.backends: list[Any] = [self.observed, *made[1:]]
         self.stats: MemoryStats | None = None
         self.references: list[float] = []
         self.cold: list[float] = []
-        live = self.judge.oracle.live
-        reading = text.lengths > 0  # (S, B)
-        by_row = live.view(text.segments, text.rows, config.heads)[:, :, 0].double()
-        everyone = reading.sum(1) == int(reading.sum(1).max())
-        fill = (by_row * reading).sum(1) / reading.sum(1).clamp(min=1)
-        fullest = float(fill[everyone].max())
-        if not fullest:
-            raise CellError("no segment is ever searched: every document is one segment long; give longer documents")
-        self.everyone = everyone  # (S,) bool
-        self.steady = everyone & (fill >= FULL * fullest)  # (S,) bool
+        self.everyone, self.steady = steady_segments(workload, self.memory_size)
         steady = self.steady.nonzero().flatten().tolist()
         self.stats_at = steady[-1]
-        self.reference_at = _spread(steady, REFERENCES)
+        self.reference_at = spread(steady, REFERENCES)
         # The first search of full memories has a figure of its own, so it is not repeated cold.
-        self.cold_at = _spread(steady[1:] or steady, COLD_SEARCHES) if made[0].device.type == "cpu" else set()
+        self.cold_at = spread(steady[1:] or steady, COLD_SEARCHES) if made[0].device.type == "cpu" else set()
 
     def prepare(self, segment: int) -> None:
         """What comes before a segment and is not timed: search options, and builds that are on their way."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 MEMORY_SIZES: tuple[int, ...] = (512, 2048, 8192)
 CROSSOVER_SIZES: tuple[int, ...] = (16384, 32768, 65536)
+CURVE_SECONDS = 2.0
 
 
 class CompareError(ValueError):
@@ -27,6 +28,8 @@ class CompareOptions:
         k: neighbours that each query retrieves; None is the checkpoint's own number.
         max_tokens: tokens that each measurement reads, over all rows.
         rows: documents that are read side by side; M = rows * heads memories.
+        curve_seconds: seconds of searching for the curve of each build at each memory size, which tries many search
+            options over one index; 0 leaves curves out.
         crossover_sizes: larger memories at which search alone is timed; empty leaves this part out.
         output: folder of the results; a folder with earlier results is resumed. What was measured there with other
             settings (machine, threads, versions, code, seed, text, k) is put aside and never mixed in.
@@ -48,6 +51,7 @@ class CompareOptions:
     k: int | None = None
     max_tokens: int = 20_480
     rows: int = 2
+    curve_seconds: float = CURVE_SECONDS
     crossover_sizes: tuple[int, ...] = CROSSOVER_SIZES
     output: str | Path = "out/compare"
     fresh: bool = False
@@ -65,7 +69,7 @@ class CompareResult:
     """What a comparison left behind.
 
     Attributes:
-        output: folder with run.json, cells/, losses/, crossover.json, asv/ and the report.
+        output: folder with run.json, cells/, losses/, curves.json, crossover.json, asv/ and the report.
         report: the HTML page, None where no report was asked for.
         measured: cells measured by this call.
         reused: cells found measured already with the same settings.

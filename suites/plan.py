@@ -62,6 +62,8 @@ def checked_options(options: CompareOptions) -> CompareOptions:
     for size in (*options.memory_sizes, *options.crossover_sizes):
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
             raise CompareError(f"memory size {size!r} must be a whole number of keys, or 0 for no memory")
+    if not 0 <= options.curve_seconds < float("inf"):
+        raise CompareError(f"curve_seconds is {options.curve_seconds}: want a number of seconds, or 0 for no curves")
     if options.cell_timeout <= 0:
         raise CompareError(f"cell_timeout is {options.cell_timeout}: want a number of seconds above 0")
     specs = tuple(dict.fromkeys(_canonical(spec) for spec in options.backends))

@@ -41,6 +41,7 @@ def main() -> int:
         "prepare": _prepare,
         "record": _record,
         "cells": _measure_cells,
+        "curves": _measure_curves,
         "larger": _measure_larger,
         "ablation": _ablate,
         "ann": _ann,
@@ -151,6 +152,26 @@ def _measure_alone(workload: Workload, spec: str, size: int) -> tuple[Cell, Eval
         return measure_cell(workload, spec, size)
     except Exception as error:
         return failed_cell(workload, spec, size, f"{type(error).__name__}: {error}", ""), None
+
+
+def _measure_curves(task: dict[str, Any], tell: Tell) -> None:
+    from .workload import load_workload
+    from .workload_curves import measure_workload_curve, record
+
+    workload = load_workload(task["workload"])
+    recording = record(workload.model, workload.trunk)
+    for index, wanted in enumerate(task["curves"]):
+        tell("start", index=index)
+        report = _throttled(lambda done, of, index=index: tell("progress", index=index, done=done, of=of))
+        specs, size = [str(spec) for spec in wanted["specs"]], int(wanted["memory_size"])
+        try:
+            curve = measure_workload_curve(
+                workload, recording, specs, size, seconds=float(task["seconds"]), on_step=report
+            )
+        except Exception as error:
+            tell("failed", index=index, reason=f"{type(error).__name__}: {error}")
+        else:
+            tell("done", index=index, curve=curve)
 
 
 def _measure_larger(task: dict[str, Any], tell: Tell) -> None:

@@ -43,6 +43,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CompareOptions
             backends=BACKENDS,
             memory_sizes=SIZES,
             max_tokens=640,
+            curve_seconds=0.0,
             crossover_sizes=(128, 100_000),
             output=folder / "out",
             threads=1,
@@ -54,7 +55,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CompareOptions
 
 @pytest.fixture(scope="module")
 def result(options: CompareOptions) -> CompareResult:
-    return compare(options)
+    return compare(options, curve_seconds=0.05)
 
 
 def cells_in(folder: Path) -> dict[tuple[str, int], dict[str, object]]:
@@ -146,6 +147,18 @@ def test_run_json_says_what_was_run(result: CompareResult) -> None:
     assert set(run["machine"]) == {"cpu", "cores", "ram_gib", "os", "python"}
     assert "torch" in run["libraries"]
     assert {cell["settings"] for cell in cells_in(result.output).values()} == {run["settings"]}
+
+
+def test_curves_of_every_build_at_every_size(result: CompareResult) -> None:
+    content = json.loads((result.output / "curves.json").read_text(encoding="utf-8"))
+    curves = {(curve["build"], curve["memory_size"]): curve for curve in content["curves"]}
+    run = json.loads((result.output / "run.json").read_text(encoding="utf-8"))
+    assert content["provenance"]["code"] == run["code"]
+    assert set(curves) == {("exact", 32), ("exact", 64), ("crashing", 32)}, "none for an instrument or a failure"
+    (point,) = curves["exact", 64]["points"]
+    assert point["recall_at_k"] == 1.0
+    assert point["softmax_mass"] == pytest.approx(cells_in(result.output)["exact", 64]["softmax_mass_exact"], abs=0.1)
+    assert point["samples"] >= 3
 
 
 def test_larger_memories(result: CompareResult) -> None:

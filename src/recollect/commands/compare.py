@@ -31,6 +31,10 @@ def compare(
     output: Annotated[
         Path, typer.Option("--output", help="Folder of the results; an earlier run in it is resumed.")
     ] = Path("out/compare"),
+    curve_seconds: Annotated[
+        float | None,
+        typer.Option("--curve-seconds", min=0.0, help="Seconds of searching for each build's curve; 0: no curves."),
+    ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Measure everything anew, even what is there with the same settings.")
     ] = False,
@@ -70,6 +74,8 @@ def compare(
         given["memory_sizes"] = tuple(memory_size)
     if max_tokens is not None:
         given["max_tokens"] = max_tokens
+    if curve_seconds is not None:
+        given["curve_seconds"] = curve_seconds
     result = run(CompareOptions(**given))
     answer = {
         "output": str(result.output),
