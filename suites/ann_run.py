@@ -8,28 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recollect.memory_backends import BackendUnavailable
-from recollect.memory_backends.registry import backend_class
 from recollect.model.ann_benchmarks import AnnBenchmarkFile
 from recollect.model.documents import CorpusError
 
 from .ann_measure import AnnRow, AnnSettings, blank_row, expand, measure_specs
 from .ann_results import result_path, write_result
 from .environment import usable_cores
-from .processes import Event, run_task
+from .row_process import OnProgress, measure_rows, progress_events
 from .row_store import RowStore
 from .sharing import build_key
 
 TIMEOUT = 6 * 3600.0
 """Seconds without a finished row after which an index is given up."""
-
-OnProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -112,7 +107,24 @@ def run_ann_benchmarks(options: AnnRunOptions, on_progress: OnProgress | None = 
                 _write(store)
 
             if missing:
-                _measure(options, path, [blanks[spec] for spec in missing], threads, keep, tell)
+                task = {
+                    "kind": "ann",
+                    "file": str(path.expanduser().resolve()),
+                    "output": str(options.output),
+                    "settings": dataclasses.asdict(options.settings),
+                    "specs": missing,
+                }
+                one = blanks[missing[0]]
+                measure_rows(
+                    task,
+                    one.backend,
+                    [blanks[spec] for spec in missing],
+                    threads=threads,
+                    log=options.output / "logs" / f"{one.dataset}-{one.backend}.log",
+                    timeout=options.timeout,
+                    keep=keep,
+                    tell=tell,
+                )
     everything = _write(store)
     rows = [AnnRow.from_json(store.load(mark) or {}) for mark in marks]
     reused = sum(row.status == "ok" for row in rows) - measured
@@ -156,61 +168,14 @@ def _describe(
     return blanks, about
 
 
-def _measure(
-    options: AnnRunOptions,
-    path: Path,
-    blanks: Sequence[AnnRow],
-    threads: int,
-    keep: Callable[[AnnRow], None],
-    tell: OnProgress,
-) -> None:
-    """Measures the specs of one index; `keep` is told each row, and of one that cannot be measured the reason."""
-    left, backend = list(blanks), blanks[0].backend
-
-    def drop(status: str, reason: str) -> None:
-        while left:
-            keep(dataclasses.replace(left.pop(0), status=status, reason=reason))
-
-    def hear(event: Event) -> None:
-        if event["event"] == "progress":
-            tell(str(event["what"]), int(event["done"]), int(event["of"]))
-        elif event["event"] == "done":
-            left.pop(0)
-            keep(AnnRow.from_json(event["row"]))
-        elif event["event"] == "failed":
-            drop("failed", str(event["reason"]))
-
-    try:
-        backend_class(backend).check_available()
-    except BackendUnavailable as error:
-        drop("skipped", str(error))
-        return
-    task = {
-        "kind": "ann",
-        "file": str(path.expanduser().resolve()),
-        "output": str(options.output),
-        "settings": dataclasses.asdict(options.settings),
-        "specs": [blank.spec for blank in blanks],
-    }
-    log = options.output / "logs" / f"{blanks[0].dataset}-{backend}.log"
-    last = run_task(task, threads=threads, log=log, timeout=options.timeout, on_event=hear)
-    drop("failed", str(last.get("reason", "the measuring process told nothing")))
-
-
 def work(task: dict[str, Any], tell: Callable[..., None]) -> None:
     """The part that runs in a process of its own: one file, specs of one index."""
     output = Path(task["output"])
-    throttled = {"last": 0.0}
-
-    def progress(what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if done == total or now - throttled["last"] > 0.2:
-            throttled["last"] = now
-            tell("progress", what=what, done=done, of=total)
-
     try:
         with AnnBenchmarkFile(task["file"]) as file:
-            for row, answers in measure_specs(file, task["specs"], AnnSettings(**task["settings"]), progress):
+            for row, answers in measure_specs(
+                file, task["specs"], AnnSettings(**task["settings"]), progress_events(tell)
+            ):
                 if answers is not None:
                     write_result(output, row, answers)
                 tell("done", row=row.as_json())

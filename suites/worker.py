@@ -45,6 +45,7 @@ def main() -> int:
         "larger": _measure_larger,
         "ablation": _ablate,
         "ann": _ann,
+        "runbook": _runbook,
     }
     kinds[task["kind"]](task, tell)
     tell("end")
@@ -208,6 +209,13 @@ def _ablate(task: dict[str, Any], tell: Tell) -> None:
 
 def _ann(task: dict[str, Any], tell: Tell) -> None:
     from .ann_run import work
+
+    with _writing(tell, task["output"]):
+        work(task, tell)
+
+
+def _runbook(task: dict[str, Any], tell: Tell) -> None:
+    from .runbook_run import work
 
     with _writing(tell, task["output"]):
         work(task, tell)

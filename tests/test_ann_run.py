@@ -16,7 +16,7 @@ from recollect.cli import app
 from recollect.memory_backends import make_backend
 from recollect.model.ann_benchmarks import AnnBenchmarkFile, write_ann_benchmarks
 from recollect.model.documents import CorpusError
-from recollect.suites import ann_run
+from recollect.suites import ann_run, row_process
 from recollect.suites.ann_measure import AnnRow, AnnSettings, expand, measure_specs
 from recollect.suites.ann_results import result_path, write_result
 from recollect.suites.ann_run import AnnRunOptions, on_front, run_ann_benchmarks
@@ -128,7 +128,7 @@ def options(path: Path, output: Path, **changes: object) -> AnnRunOptions:
 
 
 def test_a_run_goes_on_where_it_stopped(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ann_run, "run_task", here)
+    monkeypatch.setattr(row_process, "run_task", here)
     first = run_ann_benchmarks(options(path, tmp_path, backends=SPECS[:1]))
     assert (first.measured, first.reused, first.others) == (1, 0, 0)
     both = run_ann_benchmarks(options(path, tmp_path))
@@ -153,11 +153,11 @@ def test_what_cannot_be_measured_is_told(path: Path, tmp_path: Path, monkeypatch
     def dies(task: dict[str, object], **_: object) -> dict[str, str]:
         return {"event": "died", "reason": "the measuring process was ended by SIGSEGV"}
 
-    monkeypatch.setattr(ann_run, "run_task", dies)
+    monkeypatch.setattr(row_process, "run_task", dies)
     result = run_ann_benchmarks(options(path, tmp_path))
     assert [row.status for row in result.rows] == ["failed", "failed"]
     assert "SIGSEGV" in result.rows[0].reason
-    monkeypatch.setattr(ann_run, "run_task", here)
+    monkeypatch.setattr(row_process, "run_task", here)
     assert run_ann_benchmarks(options(path, tmp_path)).measured == 2
     with pytest.raises(CorpusError, match="k is 11: the file holds 10"):
         run_ann_benchmarks(options(path, tmp_path, settings=AnnSettings(k=11)))

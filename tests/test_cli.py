@@ -35,6 +35,7 @@ VERBS = [
     "report",
     "trace",
     "ann-benchmarks",
+    "runbook",
 ]
 
 

@@ -23,6 +23,7 @@ from recollect.commands.generate import generate
 from recollect.commands.inspect import inspect
 from recollect.commands.memorize import memorize
 from recollect.commands.report import report
+from recollect.commands.runbook import runbook
 from recollect.commands.trace import trace
 from recollect.commands.train import train
 
@@ -35,7 +36,20 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for verb in (backends, train, evaluate, memorize, generate, inspect, compare, ablate, report, trace, ann_benchmarks):
+for verb in (
+    backends,
+    train,
+    evaluate,
+    memorize,
+    generate,
+    inspect,
+    compare,
+    ablate,
+    report,
+    trace,
+    ann_benchmarks,
+    runbook,
+):
     app.command()(verb)
 
 
