@@ -72,6 +72,8 @@ class AnnRow:
         status, reason: ok, skipped (a library is missing) or failed, and why.
         recall_ann_benchmarks: by the definition of ann-benchmarks and VIBE.
         recall_strict: distinct keys, no margin.
+        truth_error: the most by which a distance in the file differs from the one measured here between the same two
+            vectors. Where it is not far below 0.001, `recall_ann_benchmarks` compares two different measures.
         batch_size, batch_queries_per_second: queries at once, and the fastest run's throughput.
         single_queries_per_second: one over the mean time of one query alone, as ann-benchmarks has it outside batches.
         single_p50_ms, single_p95_ms, single_p99_ms: milliseconds of one query alone.
@@ -93,6 +95,7 @@ class AnnRow:
     reason: str = ""
     recall_ann_benchmarks: float | None = None
     recall_strict: float | None = None
+    truth_error: float | None = None
     batch_size: int | None = None
     batch_queries_per_second: float | None = None
     single_queries: int | None = None
@@ -128,12 +131,15 @@ class Answers:
     Attributes:
         batch_seconds: (batches,) of the fastest run; batch i holds `batch_size` queries.
         single_seconds: (queries searched alone,).
+        single_found, single_distances: what those found, (queries searched alone, k).
     """
 
     found: NDArray[np.int64]
     distances: NDArray[np.float64]
     batch_seconds: NDArray[np.float64]
     single_seconds: NDArray[np.float64]
+    single_found: NDArray[np.int64]
+    single_distances: NDArray[np.float64]
 
 
 def expand(specs: Sequence[str], *, sweep: bool = True) -> list[str]:
@@ -185,6 +191,7 @@ def measure_specs(
         queries = torch.from_numpy(file.test()).to(settings.device)
         neighbors, distances = file.truth(settings.k)
         remeasured = pair_distances(file.distance, file.test(), neighbors, file.train_chunks())
+        truth_error = float(np.abs(remeasured - distances).max())
         for blank in blanks:
             if len(specs) > 1:
                 backend.set_search_options(**search_options(blank.spec))
@@ -197,6 +204,7 @@ def measure_specs(
                     blank,
                     recall_ann_benchmarks=ann_benchmarks_recall(distances, answers.distances, settings.k),
                     recall_strict=strict_recall(remeasured, answers.found, answers.distances, settings.k),
+                    truth_error=truth_error,
                     batch_size=settings.batch_size or file.queries,
                     batch_queries_per_second=file.queries / float(answers.batch_seconds.sum()),
                     single_queries=len(single),
@@ -270,16 +278,21 @@ def _search(
             parts.append(result.slots[0].cpu())
         best = seconds if not best or sum(seconds) < sum(best) else best
         tell(f"searching {spec}", run + 1, settings.runs)
-    single = []
-    for query in queries[: settings.single_queries].split(1):
+    single, alone = [], [torch.zeros(0, settings.k, dtype=torch.int64)]
+    for query in queries[: settings.single_queries].split(1) if settings.single_queries else ():
         clock = _now(backend)
-        backend.search(query[None], settings.k)
+        result = backend.search(query[None], settings.k)
         single.append(_now(backend) - clock)
+        alone.append(result.slots[0].cpu())
     references.append(reference_operation_ms())
     # One memory that was never emptied and holds as many keys as came: the slot is the key's number.
-    found = torch.cat(parts).numpy()
-    reached = pair_distances(file.distance, file.test(), found, file.train_chunks())
-    return Answers(found, reached, np.asarray(best), np.asarray(single)), references
+    found, found_alone = torch.cat(parts).numpy(), torch.cat(alone).numpy()
+    everything = np.concatenate([found, found_alone])
+    asked = np.concatenate([file.test(), file.test()[: len(found_alone)]])
+    reached = pair_distances(file.distance, asked, everything, file.train_chunks())
+    distances, distances_alone = reached[: len(found)], reached[len(found) :]
+    times = np.asarray(best), np.asarray(single)
+    return Answers(found, distances, *times, found_alone, distances_alone), references
 
 
 def _now(backend: MemoryBackend) -> float:

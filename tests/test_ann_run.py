@@ -106,7 +106,7 @@ def test_the_plot_of_ann_benchmarks_reads_what_is_written(path: Path, tmp_path: 
         row, answers = next(iter(measure_specs(file, ["degraded:drop=0.3"], SETTINGS)))
         assert answers is not None
         known = file.truth()[1]
-    written = write_result(tmp_path, row, answers)
+    (written,) = write_result(tmp_path, row, answers)
     assert written.relative_to(tmp_path).parts[:3] == ("results", "small-8-euclidean", "5")
     assert written.parent.name == "recollect-degraded-batch"
     with h5py.File(written) as result:
@@ -119,6 +119,33 @@ def test_the_plot_of_ann_benchmarks_reads_what_is_written(path: Path, tmp_path: 
         assert float(np.sum(result["times"])) == pytest.approx(answers.batch_seconds.sum(), rel=1e-4)
         assert ann_benchmarks_recall(known, result["distances"][...], 5) == row.recall_ann_benchmarks
         assert {"algo", "name", "build_time", "candidates", "index_size", "distance", "run_count"} <= set(attributes)
+
+
+def test_queries_alone_have_a_file_where_all_were_searched_so(path: Path, tmp_path: Path) -> None:
+    with AnnBenchmarkFile(path) as file:
+        row, answers = next(iter(measure_specs(file, ["exact"], dataclasses.replace(SETTINGS, single_queries=100))))
+    assert answers is not None
+    _, alone = write_result(tmp_path, row, answers)
+    assert alone.parent.name == "recollect-exact"
+    with h5py.File(alone) as result:
+        assert not result.attrs["batch_mode"]
+        assert 1 / result.attrs["best_search_time"] == pytest.approx(row.single_queries_per_second)
+        np.testing.assert_array_equal(result["neighbors"], answers.found)
+        np.testing.assert_allclose(result["distances"], answers.distances, rtol=1e-6)
+
+
+def test_distances_of_another_kind_are_told(path: Path, tmp_path: Path) -> None:
+    """Some write squared distances: then the margin of 0.001 compares two measures."""
+    squared = tmp_path / "squared.hdf5"
+    squared.write_bytes(path.read_bytes())
+    with h5py.File(squared, "a") as content:
+        content["distances"][...] = content["distances"][...] ** 2
+    for file_path, told in ((path, False), (squared, True)):
+        with AnnBenchmarkFile(file_path) as file:
+            row, _ = next(iter(measure_specs(file, ["exact"], SETTINGS)))
+        assert row.truth_error is not None
+        assert (row.truth_error > 5e-4) == told
+        assert row.recall_strict == 1.0
 
 
 def options(path: Path, output: Path, **changes: object) -> AnnRunOptions:

@@ -20,6 +20,9 @@ COLUMNS = {
     "build_seconds": "build s",
 }
 
+TOO_FAR = 5e-4
+"""Between a distance in the file and the same one measured here: half the margin of ann-benchmarks' recall."""
+
 
 def ann_benchmarks(
     files: Annotated[
@@ -109,6 +112,12 @@ def ann_benchmarks(
             if dominated:
                 notes.append(
                     f"{dominated} rows that another of the same backend beats in both stand in results.csv only"
+                )
+            error = max((row.truth_error or 0.0 for row in rows), default=0.0)
+            if error > TOO_FAR:
+                notes.append(
+                    f"the file's distances differ by up to {error:.2g} from {one.distance} distances measured here: "
+                    "`recall` compares two measures, trust `strict`"
                 )
             if any(row.noisy for row in rows):
                 notes.append("the machine was busy: small differences in time mean nothing")
