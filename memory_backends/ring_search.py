@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recollect.memory_backends import cpu_search
 from recollect.memory_backends.block_topk import KEPT_SCORES, QUERY_BATCH, Select, search_by_score
 from recollect.memory_backends.key_ring import KeyRing
 
@@ -52,8 +53,12 @@ def search_ring(
     alive = lengths.tolist() if isinstance(lengths, Tensor) else [int(length) for length in lengths]
     plain = "l2" if metric == "l2" else "inner_product"
     if getattr(ring, "storage", "float32") == "float32":
+        if select is None and plain == "inner_product" and queries.device.type == "cpu":
+            found = cpu_search.search_by_score(queries, ring.keys, alive, k, memories=which, start=first)
+        else:
+            found = None
         keys = ring.keys[:, first:] if first else ring.keys
-        scores, slots = search_by_score(queries, keys, alive, k, memories=which, metric=plain, select=select)
+        scores, slots = found or search_by_score(queries, keys, alive, k, memories=which, metric=plain, select=select)
         if first:
             slots.add_(slots.ge(0), alpha=first)
         return scores, slots

@@ -1,6 +1,7 @@
-"""Exact search: torch matrix product and top-k, on any device. Every other backend is judged against it.
+"""Exact search: matrix product and top-k, on any device. Every other backend is judged against it.
 
-On a card with Triton the search is `triton_topk`, which writes no scores; it answers the same.
+By torch, or in one pass that writes no scores, which answers the same: on a CPU whose processor can, by `cpu_search`;
+on a card with Triton, by `triton_topk`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from recollect.memory_backends import cpu_search
 from recollect.memory_backends.base import Capabilities, MemoryBackend
 from recollect.memory_backends.options import KeyStorageOptions
 from recollect.memory_backends.ring_search import search_ring
@@ -19,7 +21,7 @@ class Exact(MemoryBackend):
     """The true nearest neighbours, from the raw keys themselves."""
 
     name = "exact"
-    summary = "exact search, torch matrix product and top-k by block maxima"
+    summary = "exact search, matrix product and top-k by block maxima or in one fused pass"
     Options: ClassVar[type] = KeyStorageOptions
     capabilities: ClassVar[Capabilities] = Capabilities(exact=True, devices=("cpu", "cuda", "mps"))
     recall_floor = 1.0
@@ -28,6 +30,15 @@ class Exact(MemoryBackend):
         super().__init__(options, **arguments)
         self.fused = FusedSearch.where_usable(self.ring, self.metric)
         """Images of the keys for the search on a card; None where there is none."""
+
+    @property
+    def kernel(self) -> str:
+        """What searches large memories, in words; figures should say it."""
+        if self.device.type == "cpu" and self.metric != "l2" and self.ring.storage == "float32":
+            return cpu_search.describe()
+        if self.fused is not None:
+            return "fused bfloat16 first pass (Triton), rescored in float32"
+        return f"block maxima in torch, on {self.device.type}"
 
     def _add(self, keys: Tensor, slots: Tensor, memories: Tensor) -> None:
         if self.fused is not None:
