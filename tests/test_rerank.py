@@ -167,14 +167,51 @@ def test_search_options_of_both_stages_change_without_a_rebuild() -> None:
 def test_specs_that_differ_in_search_options_share_a_build() -> None:
     one, other = "rerank:source='faiss-ivf:nlist=16,nprobe=4'", "rerank:candidates=32,source='faiss-ivf:nlist=16'"
     assert build_key(one) == build_key(other) == build_spec(one) == "rerank:source=faiss-ivf:nlist=16"
-    assert build_key("rerank:source='approx-topk:recall_target=0.8'") == "rerank"
+    assert build_key("rerank:source='approx-topk:recall_target=0.8'") == "rerank:source=approx-topk"
+    assert build_key("rerank:candidates=8,source='exact:storage=int8'") == "rerank"
     assert build_key("rerank:source=faiss-ivf") != build_key(one)
     assert search_options(other) == {"source": "faiss-ivf:nlist=16", "candidates": 32}
 
 
 def test_the_code_of_the_source_counts_as_the_backend_s() -> None:
-    assert len({backend_digest(spec) for spec in ("rerank", "rerank:source=exact", "exact")}) == 3
+    assert len({backend_digest(spec) for spec in ("rerank:source=faiss-ivf", "rerank", "exact")}) == 3
     assert backend_digest("rerank:source=exact") == backend_digest("rerank:candidates=8,source=exact")
+
+
+@pytest.mark.parametrize("source", ["exact:storage=int8", "exact:storage=bfloat16", "approx-topk:storage=int8"])
+def test_a_source_with_a_storage_of_its_own(source: str, tmp_path: Path) -> None:
+    """Its rounded keys find, the whole ones decide; a ring of its own follows every append, reset and load."""
+    memory, exact = made(source), make_backend("exact", num_memories=M, capacity=C, dim=D)
+    queries = vectors(M, Q, D, seed=1)
+    assert not capabilities_of(memory.spec).exact
+    for step in range(4):
+        for one in (memory, exact):
+            one.add(vectors(M, 300, D, seed=step))
+        assert torch.equal(source_of(memory).ring.totals, memory.ring.totals)
+        found, wanted = memory.search(queries, K), exact.search(queries, K)
+        torch.testing.assert_close(found.scores, wanted.scores)
+    for one in (memory, exact):
+        one.reset([0])
+        one.add(vectors(1, 20, D, seed=9), memories=[0])
+    torch.testing.assert_close(memory.search(queries, K).scores, exact.search(queries, K).scores)
+    per_key = D + 4 if "int8" in source else 2 * D
+    assert memory.stats().index_bytes == (C + 20) * per_key
+    memory.save(tmp_path / "memory")
+    loaded = load_backend(tmp_path / "memory")
+    assert torch.equal(source_of(loaded).ring.totals, memory.ring.totals)
+    assert torch.equal(loaded.search(queries, K).slots, memory.search(queries, K).slots)
+
+
+def test_whole_keys_may_lie_in_a_file_beside_codes_in_memory(tmp_path: Path) -> None:
+    memory = make_backend(f"rerank:keys_in='{tmp_path}'", num_memories=M, capacity=C, dim=D)
+    exact = make_backend("exact", num_memories=M, capacity=C, dim=D)
+    queries = vectors(M, Q, D, seed=1)
+    for one in (memory, exact):
+        one.add(vectors(M, C + 100, D))
+    assert torch.equal(memory.search(queries, K).slots, exact.search(queries, K).slots)
+    stats = memory.stats()
+    assert (stats.key_bytes, stats.index_bytes) == (0, M * C * (D + 4))
+    memory.close()
 
 
 def test_a_source_that_cannot_find_so_many_says_who_asked() -> None:

@@ -37,7 +37,7 @@ from recollect.memory_backends.registry import (
 from recollect.memory_backends.spec import parse_spec
 
 NAME = "rerank"
-SOURCE = "approx-topk"
+SOURCE = "exact:storage=int8"
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Rerank(MemoryBackend):
     sweep = (
         "rerank:candidates=64,source='approx-topk:recall_target=0.8'",
         "rerank",
-        "rerank:source='faiss-ivfpq:k_factor=1'",
+        "rerank:source=faiss-ivfpq:k_factor=1",
     )
     curve: ClassVar = {"candidates": (32, 64, 128, 256, 512, 1024)}
     recall_floor = 0.75
