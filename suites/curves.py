@@ -320,7 +320,8 @@ def scout(
     settings: Sequence[Settings],
     *,
     jump: float = JUMP,
-    target: tuple[str, float] | None = None,
+    targets: Sequence[tuple[str, float]] = (),
+    least: float = 0.0,
     passes: int = 2,
 ) -> list[Settings]:
     """Judges settings on one batch, adds what the curve lacks and leaves out what is waste; returns what to measure.
@@ -329,7 +330,8 @@ def scout(
         meter: only lends its judgement: what is judged here is not counted.
         settings: to begin with.
         jump: of recall between neighbours, above which one is put between them.
-        target: figure ('recall_at_k' or 'softmax_mass') and value around which neighbours are refined.
+        targets: figures ('recall_at_k' or 'softmax_mass') with the values around which neighbours are refined.
+        least: settings whose recall is below are left out, but for the one that finds most.
         passes: refinements, one upon the other.
     """
     trial = CurveMeter(meter.k, rows=1)
@@ -341,15 +343,17 @@ def scout(
             break
         recall = [trial.figure(setting, "recall_at_k") for setting in found]
         todo = refined(found, recall, jump=jump)
-        if target is not None:
-            figures = [trial.figure(setting, target[0]) for setting in found]
-            todo = refined(found, figures, jump=1.0, target=target[1]) + todo
+        for name, value in targets:
+            figures = [trial.figure(setting, name) for setting in found]
+            todo = refined(found, figures, jump=1.0, target=value) + todo
         todo = [setting for place, setting in enumerate(todo) if setting not in todo[:place]]
         if not todo:
             break
         found += todo
     recall = [trial.figure(setting, "recall_at_k") for setting in found]
-    return without_waste(found, recall)
+    floor = min(least, max(recall))
+    kept = [place for place, value in enumerate(recall) if value >= floor]
+    return without_waste([found[place] for place in kept], [recall[place] for place in kept])
 
 
 def measure_curve(
@@ -363,7 +367,7 @@ def measure_curve(
     exact: MemoryBackend | None = None,
     scale: Tensor | None = None,
     jump: float = JUMP,
-    target: tuple[str, float] | None = None,
+    targets: Sequence[tuple[str, float]] = (),
     clock: Clock = "wall",
     on_step: OnStep | None = None,
 ) -> list[CurvePoint]:
@@ -378,7 +382,7 @@ def measure_curve(
         rounds: timed searches of each setting for each batch.
         exact: an exact backend that holds the same keys: timed beside, for `exact_ratio`.
         scale: (M,) for the softmax mass, where `exact` is asked for the truth.
-        jump, target: as for `scout`, which refines the settings on the first batch.
+        jump, targets: as for `scout`, which refines the settings on the first batch.
         clock: 'wall', or 'cpu' for the time of this process alone.
         on_step: is told how many of how many batches are done.
 
@@ -397,7 +401,7 @@ def measure_curve(
         truth = [exact_truth(exact, batch, k, scale=scale) for batch in queries]
     meter = CurveMeter(k, rounds=rounds, clock=clock)
     settings = settings_of(type(backend).curve if axes is None else axes)
-    settings = scout(meter, backend, queries[0], truth[0], settings, jump=jump, target=target)
+    settings = scout(meter, backend, queries[0], truth[0], settings, jump=jump, targets=targets)
     for number, (batch, right) in enumerate(zip(queries, truth, strict=True)):
         meter.measure(backend, batch, right, settings, exact=exact)
         if on_step is not None:

@@ -46,6 +46,7 @@ def main() -> int:
         "ablation": _ablate,
         "ann": _ann,
         "runbook": _runbook,
+        "crossover": _climb,
     }
     kinds[task["kind"]](task, tell)
     tell("end")
@@ -219,6 +220,13 @@ def _runbook(task: dict[str, Any], tell: Tell) -> None:
 
     with _writing(tell, task["output"]):
         work(task, tell)
+
+
+def _climb(task: dict[str, Any], tell: Tell) -> None:
+    from .crossover_run import climb
+
+    with _writing(tell, task["output"]):
+        climb(task, tell)
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ VERBS = [
     "generate",
     "inspect",
     "compare",
+    "crossover",
     "ablate",
     "report",
     "trace",

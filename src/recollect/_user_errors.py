@@ -17,6 +17,7 @@ _ROOTS = (
     ("recollect.pretrained.store", "StoreError"),
     ("recollect.suites.cells", "CellError"),
     ("recollect.suites.comparison", "CompareError"),
+    ("recollect.suites.crossover_options", "CrossoverError"),
     ("recollect.suites.ablation.options", "AblateError"),
     ("recollect.suites.provenance", "MixedResults"),
     ("recollect.reports.errors", "ReportError"),

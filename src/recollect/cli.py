@@ -18,6 +18,7 @@ from recollect.commands.ablate import ablate
 from recollect.commands.ann_benchmarks import ann_benchmarks
 from recollect.commands.backends import backends
 from recollect.commands.compare import compare
+from recollect.commands.crossover import crossover
 from recollect.commands.evaluate import evaluate
 from recollect.commands.generate import generate
 from recollect.commands.inspect import inspect
@@ -36,7 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for verb in (
+VERBS = (
     backends,
     train,
     evaluate,
@@ -44,12 +45,15 @@ for verb in (
     generate,
     inspect,
     compare,
+    crossover,
     ablate,
     report,
     trace,
     ann_benchmarks,
     runbook,
-):
+)
+
+for verb in VERBS:
     app.command()(verb)
 
 
