@@ -40,8 +40,8 @@ from recollect.model.evaluation_text import EVERYTHING, EvaluationText, load_doc
 from recollect.model.recording import record
 from recollect.model.streams import IGNORED
 from recollect.model.token_cache import TokenizedDocuments
-from recollect.model.trace import FORMAT as TRACE_FORMAT
-from recollect.model.trace import load_trace
+from recollect.model.trace_file import FORMAT as TRACE_FORMAT
+from recollect.model.trace_file import load_trace
 from recollect.model.trunk import compute_trunk
 
 from .workload import read_tensors, save_tensors
@@ -311,7 +311,7 @@ class FileKeys(KeySource):
         if data.metric == "l2":
             raise CorpusError(
                 f"{path} is of Euclidean distance, and attention's memories are searched by inner product: give a file "
-                "of angular or inner-product distance, or use AnnBenchmark.run, which searches by any of them"
+                "of angular or inner-product distance, or run `recollect ann-benchmarks`, which searches by any of them"
             )
         generator = torch.Generator().manual_seed(0)
         held, asked = (torch.from_numpy(np.asarray(part)) for part in (data.train, data.test))
