@@ -25,7 +25,7 @@ CACHE_VARIABLES = ("NUMBA_CACHE_DIR", "RECOLLECT_CACHE")
 """Environment variables that may name the folder, the first before the second."""
 
 _SOURCES = ("cpu_kernels.py", "cpu_instructions.py", "cpu_cache.py")
-_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz", "nnan"}}
 
 
 @cache

@@ -168,6 +168,90 @@ def scan_tile(typing, panel, asked, quads, starts, scale, shifts, first, counts,
     return signature, emit
 
 
+def _loop(b: Any, count: Any, step: int, initial: list[Any], body: Any) -> list[Any]:
+    """Runs body(at, *carried) -> carried for at = 0, step, .. while it is below `count`, at least once."""
+    before = b.block
+    block, after = b.append_basic_block("loop"), b.append_basic_block("looped")
+    b.branch(block)
+    b.position_at_end(block)
+    at = b.phi(_I64)
+    carried = [b.phi(value.type) for value in initial]
+    following = body(at, *carried)
+    next_at = _add(b, at, step)
+    for phi, first, later in zip([at, *carried], [ir.Constant(_I64, 0), *initial], [next_at, *following], strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(later, b.block)
+    b.cbranch(b.icmp_signed("<", next_at, count), block, after)
+    b.position_at_end(after)
+    return following
+
+
+def _larger(b: Any, one: Any, other: Any) -> Any:
+    return b.select(b.fcmp_ordered(">", one, other), one, other)
+
+
+def _total(b: Any, vector: Any) -> Any:
+    """The sum of a vector's numbers, by halves."""
+    half = LANES
+    while half > 1:
+        half //= 2
+        vector = b.fadd(
+            _shuffle(b, vector, vector, list(range(half))), _shuffle(b, vector, vector, list(range(half, 2 * half)))
+        )
+    return b.extract_element(vector, ir.Constant(_I32, 0))
+
+
+@_intrinsic
+def stage_key(typing, source, width, centre, inverses, target, maxima):  # type: ignore[no-untyped-def]
+    """Writes (key - centre) * inverses, W float32, to `target`; returns the sum of squares.
+
+    `maxima` are LANES running maxima of the magnitudes.
+    """
+    signature = types.float32(*[types.int64] * 6)
+
+    def emit(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        source, width, centre, inverses, target, maxima = arguments
+        positive = _integers(*[0x7FFFFFFF] * LANES)
+
+        def body(at: Any, squares: Any, largest: Any) -> list[Any]:
+            offset = b.shl(at, ir.Constant(_I64, 2))
+            numbers = b.fsub(_load(b, b.add(source, offset), _FLOATS, 4), _load(b, b.add(centre, offset), _FLOATS, 4))
+            numbers = b.fmul(numbers, _load(b, b.add(inverses, offset), _FLOATS, 4))
+            _store(b, numbers, b.add(target, offset), 64)
+            magnitudes = b.bitcast(b.and_(b.bitcast(numbers, _INTS), positive), _FLOATS)
+            return [b.fadd(squares, b.fmul(numbers, numbers)), _larger(b, magnitudes, largest)]
+
+        none = ir.Constant(_FLOATS, [0.0] * LANES)
+        squares, largest = _loop(b, width, LANES, [none, _load(b, maxima, _FLOATS, 64)], body)
+        _store(b, largest, maxima, 64)
+        return _total(b, squares)
+
+    return signature, emit
+
+
+@_intrinsic
+def extremes(typing, numbers, count, least, most):  # type: ignore[no-untyped-def]
+    """Writes the least and the highest of count >= 1 numbers to the addresses `least` and `most`, LANES of each."""
+    signature = types.void(*[types.int64] * 4)
+
+    def emit(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        numbers, count, least, most = arguments
+        iota, last = _integers(*range(LANES)), _splat(b, b.trunc(b.sub(count, ir.Constant(_I64, 1)), _I32))
+
+        def body(at: Any, low: Any, high: Any) -> list[Any]:
+            values = _load(b, b.add(numbers, b.shl(at, ir.Constant(_I64, 2))), _FLOATS, 4)
+            inside = b.icmp_signed("<=", b.add(_splat(b, b.trunc(at, _I32)), iota), last)
+            lower, higher = b.select(inside, values, low), b.select(inside, values, high)
+            return [b.select(b.fcmp_ordered("<", lower, low), lower, low), _larger(b, higher, high)]
+
+        first = _splat(b, _load(b, numbers, _F32, 4))
+        for value, address in zip(_loop(b, count, LANES, [first, first], body), (least, most), strict=True):
+            _store(b, value, address, 64)
+        return context.get_dummy_value()
+
+    return signature, emit
+
+
 @_intrinsic
 def pack_block(typing, rows, stride, inverse, panel, errors):  # type: ignore[no-untyped-def]
     """16 keys times 16 numbers into 4 quads."""
@@ -214,24 +298,16 @@ def count_reaching(typing, numbers, count, least):  # type: ignore[no-untyped-de
 
     def emit(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         numbers, count, least = arguments
-        before = b.block
-        body, after = b.append_basic_block("count"), b.append_basic_block("counted")
         limit, iota = _splat(b, least), _integers(*range(LANES))
         short = _splat(b, b.trunc(count, _I32))
-        b.branch(body)
-        b.position_at_end(body)
-        at, total = b.phi(_I64), b.phi(_I64)
-        at.add_incoming(ir.Constant(_I64, 0), before)
-        total.add_incoming(ir.Constant(_I64, 0), before)
-        values = _load(b, b.add(numbers, b.shl(at, ir.Constant(_I64, 2))), _FLOATS, 4)
-        inside = b.icmp_signed("<", b.add(_splat(b, b.trunc(at, _I32)), iota), short)
-        mask = b.and_(b.fcmp_ordered(">=", values, limit), inside)
-        next_total, next_at = b.add(total, _count_bits(b, mask)), _add(b, at, LANES)
-        at.add_incoming(next_at, body)
-        total.add_incoming(next_total, body)
-        b.cbranch(b.icmp_signed("<", next_at, count), body, after)
-        b.position_at_end(after)
-        return next_total
+
+        def body(at: Any, total: Any) -> list[Any]:
+            values = _load(b, b.add(numbers, b.shl(at, ir.Constant(_I64, 2))), _FLOATS, 4)
+            inside = b.icmp_signed("<", b.add(_splat(b, b.trunc(at, _I32)), iota), short)
+            mask = b.and_(b.fcmp_ordered(">=", values, limit), inside)
+            return [b.add(total, _count_bits(b, mask))]
+
+        return _loop(b, count, LANES, [ir.Constant(_I64, 0)], body)[0]
 
     return signature, emit
 
@@ -245,34 +321,26 @@ def keep_reaching(typing, numbers, names, count, least, norm, error, tile_errors
 
     def emit(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         numbers, names, count, least, norm, error, tile_errors, tile_norms = arguments
-        before = b.block
-        body, after = b.append_basic_block("keep"), b.append_basic_block("kept")
         limit, iota = _splat(b, least), _integers(*range(LANES))
         twice = ir.Constant(_F32, 2.0)
         norms, errors = _splat(b, b.fmul(norm, twice)), _splat(b, b.fmul(error, twice))
         short = _splat(b, b.trunc(count, _I32))
-        b.branch(body)
-        b.position_at_end(body)
-        at, total = b.phi(_I64), b.phi(_I64)
-        at.add_incoming(ir.Constant(_I64, 0), before)
-        total.add_incoming(ir.Constant(_I64, 0), before)
-        offset = b.shl(at, ir.Constant(_I64, 2))
-        values = _load(b, b.add(numbers, offset), _FLOATS, 4)
-        labels = _load(b, b.add(names, offset), _INTS, 4)
-        inside = b.icmp_signed("<", b.add(_splat(b, b.trunc(at, _I32)), iota), short)
-        tiles = b.lshr(labels, _integers(*[TILE.bit_length() - 1] * LANES))
-        spread = b.fmul(norms, _gather(b, tile_errors, tiles, inside))
-        spread = b.fadd(spread, b.fmul(errors, _gather(b, tile_norms, tiles, inside)))
-        mask = b.and_(b.fcmp_ordered(">=", b.fadd(values, spread), limit), inside)
-        into = b.shl(total, ir.Constant(_I64, 2))
-        _store(b, _compress(b, values, mask), b.add(numbers, into), 4)
-        _store(b, _compress(b, labels, mask), b.add(names, into), 4)
-        next_total, next_at = b.add(total, _count_bits(b, mask)), _add(b, at, LANES)
-        at.add_incoming(next_at, body)
-        total.add_incoming(next_total, body)
-        b.cbranch(b.icmp_signed("<", next_at, count), body, after)
-        b.position_at_end(after)
-        return next_total
+
+        def body(at: Any, total: Any) -> list[Any]:
+            offset = b.shl(at, ir.Constant(_I64, 2))
+            values = _load(b, b.add(numbers, offset), _FLOATS, 4)
+            labels = _load(b, b.add(names, offset), _INTS, 4)
+            inside = b.icmp_signed("<", b.add(_splat(b, b.trunc(at, _I32)), iota), short)
+            tiles = b.lshr(labels, _integers(*[TILE.bit_length() - 1] * LANES))
+            spread = b.fmul(norms, _gather(b, tile_errors, tiles, inside))
+            spread = b.fadd(spread, b.fmul(errors, _gather(b, tile_norms, tiles, inside)))
+            mask = b.and_(b.fcmp_ordered(">=", b.fadd(values, spread), limit), inside)
+            into = b.shl(total, ir.Constant(_I64, 2))
+            _store(b, _compress(b, values, mask), b.add(numbers, into), 4)
+            _store(b, _compress(b, labels, mask), b.add(names, into), 4)
+            return [b.add(total, _count_bits(b, mask))]
+
+        return _loop(b, count, LANES, [ir.Constant(_I64, 0)], body)[0]
 
     return signature, emit
 

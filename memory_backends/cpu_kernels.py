@@ -36,12 +36,19 @@ from recollect.memory_backends.cpu_instructions import (
     LANES,
     TILE,
     count_reaching,
+    extremes,
     keep_reaching,
     ordered,
     pack_block,
+    prefetch,
     scan_tile,
+    stage_key,
 )
 
+LINE = 64
+"""Bytes of a line of the cache."""
+ROWS_AHEAD = 8
+"""Candidates ahead whose keys are asked for while one is scored."""
 CODES = 127
 """Largest code of a query or key."""
 SMALLEST_SCALE = np.float32(1e-30)
@@ -129,21 +136,20 @@ def encode_queries(queries, weights, encoded, taus):  # type: ignore[no-untyped-
 
 
 @compiled
-def raise_tau(lists, encoded, tiles, q, k):  # type: ignore[no-untyped-def]
+def raise_tau(lists, encoded, tiles, room, q, k):  # type: ignore[no-untyped-def]
     """Raises a query's tau to about the k-th highest of its lower bounds, never above; forgets what cannot reach it."""
     count = lists.counts[q]
     if count < k:
         return
     numbers = lists.lows[q].ctypes.data
-    least, most = lists.taus[q], np.float32(-np.inf)
-    for i in range(count):
-        most = max(most, lists.lows[q, i])
-    if least == -np.inf:
-        least = most
-        for i in range(count):
-            least = min(least, lists.lows[q, i])
-    elif count_reaching(numbers, count, least) < k:
-        return
+    extremes(numbers, count, room.squares[0].ctypes.data, room.squares[1].ctypes.data)
+    least, most = room.squares[0, 0], room.squares[1, 0]
+    for lane in range(1, LANES):
+        least, most = min(least, room.squares[0, lane]), max(most, room.squares[1, lane])
+    if lists.taus[q] > least:
+        least = lists.taus[q]
+        if count_reaching(numbers, count, least) < k:
+            return
     for _ in range(14):
         middle = least + (most - least) * np.float32(0.5)
         if count_reaching(numbers, count, middle) >= k:
@@ -181,20 +187,29 @@ def set_thresholds(encoded, lists, room, error, norm, scale):  # type: ignore[no
 def encode_tile(keys, first, rows, centre, inverses, room):  # type: ignore[no-untyped-def]
     """Rounds `rows` keys from `first` on into `room.panel`; returns the largest number, |k - k^| and |k|, the scale."""
     dim, width = keys.shape[1], room.staged.shape[1]
-    largest, longest, wrong = np.float32(0), np.float32(0), np.float32(0)
+    longest, wrong = np.float32(0), np.float32(0)
+    for lane in range(LANES):
+        room.squares[0, lane] = 0
     for key in range(rows):
-        norm = np.float32(0)
-        for d in range(dim):
-            number = (keys[first + key, d] - centre[d]) * inverses[d]
-            room.staged[key, d] = number
-            largest = max(largest, abs(number))
-        for d in range(dim):
-            norm += room.staged[key, d] * room.staged[key, d]
+        source, target = keys[first + key].ctypes.data, room.staged[key].ctypes.data
+        if dim < width:
+            for d in range(dim):
+                room.staged[key, d] = keys[first + key, d]
+            for d in range(dim, width):
+                room.staged[key, d] = 0
+            source = target
+        norm = stage_key(source, width, centre.ctypes.data, inverses.ctypes.data, target, room.squares[0].ctypes.data)
         longest = max(longest, norm)
+    largest = np.float32(0)
+    for lane in range(LANES):
+        largest = max(largest, room.squares[0, lane])
     for key in range(rows, TILE):
-        room.staged[key] = 0
+        for d in range(width):
+            room.staged[key, d] = 0
     scale = max(largest / np.float32(CODES), SMALLEST_SCALE)
-    room.squares[:] = 0
+    for key in range(TILE):
+        for lane in range(LANES):
+            room.squares[key, lane] = 0
     for block in range(0, TILE, LANES):
         for d in range(0, width, LANES):
             pack_block(
@@ -213,32 +228,40 @@ def encode_tile(keys, first, rows, centre, inverses, room):  # type: ignore[no-u
 
 
 @compiled
-def scan(keys, centre, inverses, encoded, k, part, parts, tiles, lists, room):  # type: ignore[no-untyped-def]
-    """One pass over every `parts`-th tile of keys (n, D) from `part` on: fills `tiles` and `lists`.
-
-    Keys are taken less `centre` (D,) and times `inverses` (D,).
-
-    Returns whether the lists hold; they do not where a number is too large.
-    """
-    length = len(keys)
-    count = len(lists.taus)
-    fits = lists.lows.shape[1] - TILE - LANES
-    ordinal, seen, following, tile = 0, 0, max(4, 8 * k // TILE), 0
+def spread_order(order):  # type: ignore[no-untyped-def]
+    """Writes 0 to n - 1 in the order of their bits read backwards, which spreads every beginning of it evenly."""
     highest = 1
-    while highest < len(tiles.norms):
+    while highest < len(order):
         highest *= 2
+    found, now = 0, 0
     for _ in range(highest):
-        now = tile
+        if now < len(order):
+            order[found] = now
+            found += 1
         bit = highest >> 1
-        while tile & bit:
-            tile ^= bit
+        while now & bit:
+            now ^= bit
             bit >>= 1
-        tile |= bit
-        if now >= len(tiles.norms):
-            continue
-        ordinal += 1
-        if (ordinal - 1) % parts != part:
-            continue
+        now |= bit
+
+
+@compiled
+def scan(keys, centre, inverses, encoded, k, order, part, parts, tiles, lists, room):  # type: ignore[no-untyped-def]
+    """One pass over keys (n, D), or a part of it: fills `tiles` and `lists`.
+
+    Tiles are visited by `order` (tiles,), of which this takes every `parts`-th from `part` on, and the next is asked
+    for while one is multiplied. Keys are taken less `centre` (W,) and times `inverses` (W,).
+
+    Returns whether the lists hold; they do not where a number is too large, or every list overflowed.
+    """
+    length, count, groups = len(keys), len(lists.taus), len(encoded.codes)
+    fits = lists.lows.shape[1] - TILE - LANES
+    following = max(4, 8 * k // TILE)
+    tile_bytes = 4 * TILE * keys.shape[1]
+    lines = -(-tile_bytes // (LINE * groups))
+    for seen in range(part, len(order), parts):
+        now = order[seen]
+        ahead = keys[order[min(seen + parts, len(order) - 1)] * TILE].ctypes.data
         first = now * TILE
         rows = min(TILE, length - first)
         largest, error, norm, scale = encode_tile(keys, first, rows, centre, inverses, room)
@@ -246,14 +269,20 @@ def scan(keys, centre, inverses, encoded, k, part, parts, tiles, lists, room):  
             return False
         tiles.errors[now], tiles.norms[now] = error, norm
         if set_thresholds(encoded, lists, room, error, norm, scale) > fits:
+            helped = 0
             for q in range(count):
                 if lists.counts[q] > fits:
-                    raise_tau(lists, encoded, tiles, q, k)
+                    raise_tau(lists, encoded, tiles, room, q, k)
                     if lists.counts[q] > fits // 2:
                         lists.counts[q], lists.taus[q] = 0, np.inf
+                helped += lists.taus[q] < np.inf
+            if not helped:
+                return False
             set_thresholds(encoded, lists, room, error, norm, scale)
-        for group in range(len(encoded.codes)):
+        for group in range(groups):
             q = group * GROUP
+            for line in range(group * lines, (group + 1) * lines):
+                prefetch(ahead + line * LINE)
             scan_tile(
                 room.panel.ctypes.data,
                 encoded.codes[group].ctypes.data,
@@ -269,11 +298,10 @@ def scan(keys, centre, inverses, encoded, k, part, parts, tiles, lists, room):  
             )
         if rows < TILE:
             drop_padding(lists, length)
-        seen += 1
-        if seen >= following:
-            following = 2 * seen
+        if seen // parts + 1 >= following:
+            following *= 2
             for q in range(count):
-                raise_tau(lists, encoded, tiles, q, k)
+                raise_tau(lists, encoded, tiles, room, q, k)
     return True
 
 
@@ -305,7 +333,7 @@ def merge(lists, other, start, stop):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def rescore(queries, keys, encoded, k, tiles, lists, start, stop, best, failed):  # type: ignore[no-untyped-def]
+def rescore(queries, keys, encoded, k, tiles, lists, room, start, stop, best, failed):  # type: ignore[no-untyped-def]
     """The k best of the lists of queries start to stop - 1 by float32 scores from keys (n, D).
 
     Args:
@@ -314,13 +342,17 @@ def rescore(queries, keys, encoded, k, tiles, lists, start, stop, best, failed):
         failed: (Q,) bool to write: where the list overflowed, and nothing is written to `best`.
     """
     found = np.empty(lists.lows.shape[1], np.int64)
+    row_bytes = 4 * keys.shape[1]
     for q in range(start, stop):
         failed[q] = lists.taus[q] == np.inf
         if failed[q]:
             continue
-        raise_tau(lists, encoded, tiles, q, k)
+        raise_tau(lists, encoded, tiles, room, q, k)
         count = lists.counts[q]
         for i in range(count):
+            ahead = keys[lists.slots[q, min(i + ROWS_AHEAD, count - 1)]].ctypes.data
+            for byte in range(0, row_bytes, LINE):
+                prefetch(ahead + byte)
             slot = lists.slots[q, i]
             score = np.float32(0)
             for d in range(queries.shape[1]):

@@ -157,6 +157,7 @@ def test_threads_and_memories(monkeypatch: pytest.MonkeyPatch, threads: int, mem
 @fused
 def test_ragged_memories_and_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_search, "FEWEST_PRODUCTS", 1 << 15)
+    monkeypatch.setattr(cpu_search, "FEWEST_KEYS", 1000)
     ring = make_backend("exact", num_memories=4, capacity=3000, dim=24).ring
     ring.append(torch.randn(4, 3000, 24), torch.arange(4))
     queries, which, lengths = torch.randn(4, 20, 24), [3, 0, 1, 2], [2900, 4, 0, 1800]
@@ -184,9 +185,11 @@ def test_of_equal_keys_the_lowest_slots() -> None:
 @pytest.fixture
 def as_if_new() -> Any:
     """Lets a test change what this machine is thought to have."""
-    cpu_search.why_not.cache_clear()
+    for known in (cpu_search.why_not, cpu_search._failure):
+        known.cache_clear()
     yield
-    cpu_search.why_not.cache_clear()
+    for known in (cpu_search.why_not, cpu_search._failure):
+        known.cache_clear()
 
 
 def search_large() -> tuple[Tensor, Tensor, Any]:
@@ -238,12 +241,28 @@ def test_on_another_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "aarch64" in backend.kernel
 
 
+@fused
+@pytest.mark.usefixtures("as_if_new")
+@pytest.mark.parametrize("how", ["refused", "wrong"])
+def test_a_compiler_that_fails_is_told_once(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    def broken(queries: Tensor, keys: list[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
+        if how == "refused":
+            raise RuntimeError("LLVM IR parsing error")
+        shape = (*queries.shape[:2], k)
+        return torch.zeros(shape), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape[:2], dtype=torch.bool)
+
+    monkeypatch.setattr(cpu_search, "search", broken)
+    with pytest.warns(RuntimeWarning, match="LLVM IR" if how == "refused" else "answered wrongly"):
+        assert not cpu_search.worth(512, 65536, 64, 32)
+    assert "in torch" in search_large()[2].kernel
+
+
 def test_numba_is_loaded_when_it_is_needed() -> None:
     code = """
 import sys, torch
 from recollect import make_backend
-backend = make_backend("exact", num_memories=1, capacity=4096, dim=8)
-backend.add(torch.randn(1, 4096, 8))
+backend = make_backend("exact", num_memories=1, capacity=2047, dim=8)
+backend.add(torch.randn(1, 2047, 8))
 backend.search(torch.randn(1, 32, 8), 4)
 print("numba" in sys.modules)
 """

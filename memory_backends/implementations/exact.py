@@ -37,7 +37,7 @@ class Exact(MemoryBackend):
         if self.device.type == "cpu" and self.metric != "l2" and self.ring.storage == "float32":
             return cpu_search.describe()
         if self.fused is not None:
-            return "fused bfloat16 first pass (Triton), rescored in float32"
+            return "fused first pass (Triton), rescored in float32"
         return f"block maxima in torch, on {self.device.type}"
 
     def _add(self, keys: Tensor, slots: Tensor, memories: Tensor) -> None:
