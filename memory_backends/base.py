@@ -111,6 +111,8 @@ class MemoryBackend(Declared, ABC):
     Options: ClassVar[type] = NoOptions
     capabilities: ClassVar[Capabilities] = Capabilities()
     requires: ClassVar[tuple[Requirement, ...]] = ()
+    needs_card: ClassVar[bool] = False
+    """Whether it can be made only where there is a GPU, wherever its raw keys lie."""
     search_options: ClassVar[tuple[str, ...]] = ()
     """Names of the options that `set_search_options` may change."""
     sweep: ClassVar[tuple[str, ...]] = ()

@@ -6,6 +6,7 @@ old list to its new one through a direct map from position to list: the cost of 
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from recollect.memory_backends.errors import InvalidSpec
+from recollect.memory_backends.errors import InvalidInput, InvalidSpec
 from recollect.memory_backends.faiss_support import (
     DEVICE_HELP,
     FAISS,
+    GPU_LARGEST_K,
+    GPU_LOCK,
     FaissDevice,
+    GpuCopy,
     as_scores,
     gpu_resources,
     metric_of,
@@ -61,7 +65,7 @@ def planned_list_bytes(options: IvfOptions, capacity: int, dim: int, *, code_siz
 
 
 class FaissIvfBackend(TrainedBackend):
-    """Inverted lists on the CPU, and where asked for a copy of them on a GPU, renewed when they have changed."""
+    """Inverted lists on the CPU, and where asked for a copy of them on a GPU (see `faiss_support.GpuCopy`)."""
 
     Options: ClassVar[type] = IvfOptions
     requires = (FAISS,)
@@ -74,8 +78,8 @@ class FaissIvfBackend(TrainedBackend):
         self.faiss = self.import_library("faiss")
         self._metric = metric_of(self.faiss, self.metric)
         self._resources = gpu_resources(self.faiss, self.name) if self.options.device == "cuda" else None
-        self._gpu_copies: dict[int, Any] = {}
-        """By the `id` of the index on the CPU; cleared when that changes."""
+        self._gpu_copies: weakref.WeakKeyDictionary[Any, GpuCopy] = weakref.WeakKeyDictionary()
+        """By the index on the CPU."""
 
     @abstractmethod
     def _empty_index(self, quantizer: Any, nlist: int, seed: int) -> Any:
@@ -104,28 +108,43 @@ class FaissIvfBackend(TrainedBackend):
 
     def _append(self, index: Any, keys: np.ndarray) -> None:
         set_faiss_threads(self.faiss, 1)
-        self._gpu_copies.pop(id(index), None)
+        self._note_change(index, np.arange(index.ntotal, index.ntotal + len(keys)), keys)
         index.add(keys)
 
     def _overwrite(self, index: Any, positions: np.ndarray, keys: np.ndarray) -> None:
         set_faiss_threads(self.faiss, 1)
-        self._gpu_copies.pop(id(index), None)
+        self._note_change(index, positions, keys)
         index.update_vectors(np.ascontiguousarray(positions), np.ascontiguousarray(keys))
 
     def _search_index(self, index: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         set_faiss_threads(self.faiss, library_threads())
+        nprobe = min(self.options.nprobe, index.nlist)
         if self._resources is not None:
-            index = self._gpu_copy(index)
-        index.nprobe = min(self.options.nprobe, index.nlist)
+            if k > GPU_LARGEST_K:
+                raise InvalidInput(f"{self.name}:device=cuda finds at most {GPU_LARGEST_K} neighbours, not {k}")
+            with GPU_LOCK:
+                copy = self._gpu_copy(index)
+                copy.index.nprobe = nprobe
+                distances, positions = copy.search(self.faiss, queries, k, self._metric)
+            return as_scores(distances, self.metric), positions
+        index.nprobe = nprobe
         distances, positions = index.search(queries, k)
         return as_scores(distances, self.metric), positions
 
-    def _gpu_copy(self, index: Any) -> Any:
-        if id(index) not in self._gpu_copies:
+    def _gpu_copy(self, index: Any) -> GpuCopy:
+        if index not in self._gpu_copies:
             plain = self.faiss.clone_index(index)
             plain.set_direct_map_type(self.faiss.DirectMap.NoMap)
-            self._gpu_copies[id(index)] = self.faiss.index_cpu_to_gpu(self._resources, 0, plain)
-        return self._gpu_copies[id(index)]
+            on_gpu = self.faiss.index_cpu_to_gpu(self._resources, 0, plain)
+            self._gpu_copies[index] = GpuCopy(on_gpu, index.ntotal)
+        return self._gpu_copies[index]
+
+    def _note_change(self, index: Any, positions: np.ndarray, keys: np.ndarray) -> None:
+        copy = self._gpu_copies.get(index)
+        if copy is not None:
+            copy.change(positions, keys)
+            if copy.is_stale:
+                del self._gpu_copies[index]
 
     def _bytes_of(self, index: Any, keys: int) -> int:
         # Codes and ids in the lists, the direct map, the cells' centroids.

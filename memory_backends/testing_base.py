@@ -45,11 +45,11 @@ def in_ci() -> bool:
 
 
 def skip_unless_available(spec: str) -> None:
-    """Skips the test if the library of a backend is missing; fails it in CI."""
+    """Skips the test if the library of a backend is missing; fails it in CI, but for a card that is not here."""
     try:
         check_available(spec)
     except BackendUnavailable as error:
-        if in_ci():
+        if in_ci() and (torch.cuda.is_available() or not backend_class(parse_spec(spec)[0]).needs_card):
             pytest.fail(f"in CI every library must be there: {error}")
         pytest.skip(str(error))
 

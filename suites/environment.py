@@ -25,7 +25,19 @@ THREAD_VARIABLES = (
     "NUMBA_NUM_THREADS",
 )
 
-LIBRARIES = ("torch", "numpy", "faiss-cpu", "faiss-gpu-cu12", "scann", "hnswlib", "pynndescent", "numba", "tokenizers")
+LIBRARIES = (
+    "torch",
+    "numpy",
+    "faiss-cpu",
+    "faiss-gpu-cu12",
+    "cuvs-cu12",
+    "triton",
+    "scann",
+    "hnswlib",
+    "pynndescent",
+    "numba",
+    "tokenizers",
+)
 """Distributions whose versions a result names, where they are installed."""
 
 _MEASURING = (

@@ -22,7 +22,7 @@ def test_searches_by_inner_product_and_not_by_distance(name: str) -> None:
     backend.add(keys)
     slots = backend.search(vectors(1, 50, 16, seed=1), 5).slots
     assert (slots % 2 == 0).float().mean() > 0.95
-    for index in [*getattr(backend, "indexes", []), *[part[0] for part in getattr(backend, "parts", [[]])[0] if part]]:
+    for index in [*getattr(backend, "indexes", []), *[part.index[0] for part in getattr(backend, "parts", [()])[0]]]:
         assert index.metric_type == faiss.METRIC_INNER_PRODUCT
 
 

@@ -14,6 +14,7 @@ from recollect.memory_backends.base import Capabilities, MemoryBackend
 from recollect.memory_backends.faiss_support import (
     DEVICE_HELP,
     FAISS,
+    GPU_LOCK,
     FaissDevice,
     as_scores,
     gpu_resources,
@@ -72,9 +73,10 @@ class FaissFlat(MemoryBackend):
             for row, (memory, length) in enumerate(zip(which, lengths, strict=True)):
                 found = min(k, length)
                 if found:
-                    distances, places = self.faiss.knn_gpu(
-                        self._resources, on_gpu[row], self._gpu_keys[memory, :length], found, metric=self._metric
-                    )
+                    with GPU_LOCK:
+                        distances, places = self.faiss.knn_gpu(
+                            self._resources, on_gpu[row], self._gpu_keys[memory, :length], found, metric=self._metric
+                        )
                     scores[row, :, :found] = as_scores(distances, self.metric).cpu()
                     slots[row, :, :found] = places.cpu()
             return scores, slots

@@ -23,6 +23,9 @@ CODEBOOK_TURNOVERS = 4
 """Turnovers of a full memory that a codebook serves. The cells are learnt anew at each one, and codes are of what a key
 differs from its cell's centre by, which drifts far less than the keys do."""
 
+GPU_SUB_VECTORS = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)
+"""Sub-vectors to a key that faiss has kernels for on a GPU."""
+
 
 @dataclass(frozen=True)
 class FaissIvfpqOptions(IvfOptions):
@@ -69,6 +72,11 @@ class FaissIvfpq(FaissIvfBackend):
         self.m = sub_vectors(self.options.m, self.dim)
         if self.dim % self.m:
             raise InvalidSpec(f"{self.name!r}: m={self.m} does not divide the keys' dimension {self.dim}")
+        if self.options.device == "cuda" and (self.options.nbits != 8 or self.m not in GPU_SUB_VECTORS):
+            raise InvalidSpec(
+                f"{self.name!r}: nbits={self.options.nbits} and m={self.m} cannot go with device=cuda, where faiss "
+                f"searches codes of 8 bits and m of {', '.join(map(str, GPU_SUB_VECTORS))}"
+            )
         entries = 2**self.options.nbits
         if entries > self.capacity and self.options.nbits != type(self.options)().nbits:
             raise InvalidSpec(
