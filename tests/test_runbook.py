@@ -147,6 +147,17 @@ def test_a_window_s_numbers_are_checked() -> None:
         sliding_window("d", keys=100, window=200)
 
 
+def test_a_window_moves_as_the_track_s_own_does() -> None:
+    """Its generator, written out: 200 steps, deletes from the hundredth on, each behind a search; we end with one."""
+    expected: list[tuple[str, int, int]] = []
+    for number in range(200):
+        if number >= 100:
+            expected += [("search", 0, 0), ("delete", (number - 100) * 50, (number - 99) * 50)]
+        expected.append(("insert", number * 50, (number + 1) * 50))
+    made = sliding_window("msturing-10M", keys=10_000)
+    assert [(step.operation, step.start, step.end) for step in made.steps] == [*expected, ("search", 0, 0)]
+
+
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     book = sliding_window("data", keys=50, window=20, step=5)
     write_runbook(tmp_path / "w.yaml", book)

@@ -47,7 +47,9 @@ def runbook(
     ] = None,
     make: Annotated[
         bool,
-        typer.Option("--make", help="First write a sliding-window runbook for the data; alone, that is all it does."),
+        typer.Option(
+            "--make", help="First write a sliding-window runbook for the data; without --backend that is all."
+        ),
     ] = False,
     window: Annotated[
         int | None, typer.Option("--window", min=1, help="With --make: keys alive. Default: half the data.")

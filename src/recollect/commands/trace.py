@@ -37,7 +37,7 @@ def trace(
         ),
     ] = None,
     layer: Annotated[
-        int | None, typer.Option("--layer", help="With --ann-benchmarks: the memory layer. Default: the lowest.")
+        int | None, typer.Option("--layer", help="Only this memory layer. Default: all; of one MEMORY, the lowest.")
     ] = None,
     memory_size: MemorySizeOption = None,
     k: KOption = None,
