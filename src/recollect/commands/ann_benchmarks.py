@@ -60,7 +60,8 @@ def ann_benchmarks(
     """Runs indexes on data sets of ann-benchmarks or VIBE: recall and queries per second, as those suites count them.
 
     Each index is built once and searched along the curve of its search options. `recall` is as ann-benchmarks and VIBE
-    define it (distances up to 0.001 beyond the k-th neighbour's count); `strict` has no such margin. `queries/s` is of
+    define it (distances up to 0.001 beyond the k-th neighbour's count); `strict`, shown where it
+    differs, has no such margin. `queries/s` is of
     batches, `p50 ms` and `p99 ms` are of queries alone. Results are results.csv, results.json and, in ann-benchmarks'
     own layout, results/. Interrupt it at any time: the same command
     goes on where it stopped.
@@ -106,7 +107,10 @@ def ann_benchmarks(
             one = rows[0]
             title = f"{dataset}: {one.keys} keys, {one.queries} queries, {one.distance}, k {k}, {one.threads} threads"
             front = on_front(rows)
-            measured = [{name: figure(getattr(row, name)) for name in COLUMNS} for row in front]
+            # A narrow terminal needs its room for the names of the indexes.
+            alike = all(row.recall_strict == row.recall_ann_benchmarks for row in front)
+            columns = {name: said for name, said in COLUMNS.items() if name != "recall_strict" or not alike}
+            measured = [{name: figure(getattr(row, name)) for name in columns} for row in front]
             notes = [f"{row.spec}: {row.status}: {row.reason}" for row in rows if row.status != "ok"]
             dominated = sum(row.status == "ok" for row in rows) - len(front)
             if dominated:
@@ -121,7 +125,7 @@ def ann_benchmarks(
                 )
             if any(row.noisy for row in rows):
                 notes.append("the machine was busy: small differences in time mean nothing")
-            print_rows(title, COLUMNS, measured, notes=list(dict.fromkeys(notes)))
+            print_rows(title, columns, measured, notes=list(dict.fromkeys(notes)))
         typer.echo(f"results: {result.output / 'results.csv'}")
         if result.left_out:
             typer.echo(f"{result.left_out} rows in {result.output} are of other settings, machine or code: left out")
