@@ -23,8 +23,10 @@ from recollect.memory_backends.errors import (
     InvalidInput,
     InvalidSpec,
     MemoryBackendError,
+    OverBudget,
     UnsupportedOperation,
 )
+from recollect.memory_backends.options import IN_MEMORY, KeyStorageOptions
 from recollect.memory_backends.registry import (
     backend_class,
     canonical_spec,
@@ -33,7 +35,7 @@ from recollect.memory_backends.registry import (
     make_backend,
 )
 from recollect.memory_backends.spec import format_spec, options_given, parse_spec
-from recollect.memory_backends.testing_oracle import OracleMemory, check_answer
+from recollect.memory_backends.testing_oracle import OracleMemory, check_answer, rounding_of
 
 M, C, D = 3, 96, 8
 """The size most checks run at: three memories, small enough to turn over several times in a blink."""
@@ -95,7 +97,11 @@ class ConformanceBase:
 
     def oracle(self, backend: MemoryBackend) -> OracleMemory:
         """An empty oracle of the backend's size."""
-        return OracleMemory(backend.num_memories, backend.capacity, backend.metric)
+        return OracleMemory(backend.num_memories, backend.capacity, backend.metric, rounding_of(backend))
+
+    def held(self, backend: MemoryBackend, keys: Tensor) -> Tensor:
+        """Keys (..., D) float32 as a backend, not of the cosine, keeps them."""
+        return backend.ring.rounded(keys)
 
     def check(
         self,
@@ -196,7 +202,8 @@ class InputConformance(ConformanceBase):
         backend = self.make(spec, num_memories=1, capacity=capacity, dim=16)
         backend.add(vectors(1, capacity + capacity // 3, 16))
         found = [backend.search(vectors(1, 50, 16, seed=1), k) for k in (1, 10, 64)]
-        return (*(tuple(result.slots.flatten().tolist()) for result in found), backend.stats().index_bytes)
+        stats = backend.stats()
+        return (*(tuple(result.slots.flatten().tolist()) for result in found), stats.index_bytes, stats.key_bytes)
 
     def test_set_search_options(self, spec: str, backend: MemoryBackend) -> None:
         backend.add(vectors(M, C, D))
@@ -273,10 +280,49 @@ class InputConformance(ConformanceBase):
         backend.add(vectors(M, 150, D))
         full = backend.stats()
         assert full.keys == M * C
-        assert full.key_bytes == M * C * D * 4
+        stored = stored_keys(backend)
+        in_file = stored.keys_in != IN_MEMORY
+        if stored.storage == "int8":
+            assert full.key_bytes == M * C * (D + 4)
+            assert full.mapped_bytes == (M * C * D * 4 if in_file else 0)
+        else:
+            size = M * C * D * (4 if stored.storage == "float32" else 2)
+            assert (full.key_bytes, full.mapped_bytes) == ((0, size) if in_file else (size, 0))
         assert full.index_bytes >= 0
         assert full.build_seconds >= 0
-        assert full.bytes_per_key >= D * 4
+        assert full.bytes_per_key == (full.key_bytes + full.index_bytes) / full.keys
+
+    def test_keys_are_kept_as_near_as_their_storage_says(self, backend: MemoryBackend) -> None:
+        keys = vectors(M, 60, D) * vectors(M, 60, 1, seed=1).exp()
+        kept = backend.gather_keys(backend.add(keys)[:, None])[:, 0]
+        stored = stored_keys(backend)
+        whole = stored.storage == "int8" and stored.keys_in != IN_MEMORY
+        steps = {"float32": 1e-6, "bfloat16": 2.0**-8, "int8": 0.5 / 127}
+        step = steps["float32" if whole else stored.storage]
+        assert ((kept - keys).abs() <= 1.001 * step * keys.abs().amax(-1, keepdim=True)).all()
+
+    def test_budget(self, spec: str) -> None:
+        name, given = parse_spec(spec)
+        if not issubclass(backend_class(name).Options, KeyStorageOptions):
+            pytest.skip("its options say nothing of bytes")
+        with pytest.raises(InvalidSpec, match="lots"):
+            canonical_spec(format_spec(name, {**given, "max_bytes": "lots"}))
+        large = self.make(format_spec(name, {**given, "max_bytes": "1GiB"}))
+        large.add(vectors(M, C, D))
+        if not large.stats().bytes_per_key:
+            return  # everything lies in a file
+        # Refused when it is made, or where nobody can say beforehand, when it would grow too large; then it is as it
+        # was.
+        small = None
+        with pytest.raises(OverBudget, match="max_bytes=100B"):
+            small = self.make(format_spec(name, {**given, "max_bytes": "100B"}))
+            small.add(vectors(M, C, D))
+        assert small is None or small.lengths.tolist() == [0] * M
+
+
+def stored_keys(backend: MemoryBackend) -> KeyStorageOptions:
+    """How a backend says that it stores its keys; the defaults where it says nothing."""
+    return backend.options if isinstance(backend.options, KeyStorageOptions) else KeyStorageOptions()
 
 
 def _other_values(hint: Any, default: Any) -> list[Any]:

@@ -25,16 +25,26 @@ TOLERANCE = 1e-4
 
 
 class OracleMemory:
-    """M first-in first-out memories as dictionaries from slot to key, searched by brute force in float64."""
+    """M first-in first-out memories as dictionaries from slot to key, searched by brute force in float64.
 
-    def __init__(self, num_memories: int, capacity: int, metric: str) -> None:
+    Args:
+        num_memories, capacity, metric: as the backend's.
+        rounding: what storing does to a key (..., D), or to its unit vector under the cosine; None where nothing.
+    """
+
+    def __init__(
+        self, num_memories: int, capacity: int, metric: str, rounding: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         self.capacity = capacity
         self.metric = metric
+        self.rounding = rounding
         self.keys: list[dict[int, Floats]] = [{} for _ in range(num_memories)]
         self.totals = [0] * num_memories
 
     def add(self, keys: Tensor, memories: Sequence[int]) -> NDArray[np.int64]:
         """Adds keys (M', T, D), and returns the slots (M', T) that the contract gives them."""
+        if self.rounding is not None:
+            keys = self.rounding(torch.nn.functional.normalize(keys, dim=-1) if self.metric == "cosine" else keys)
         slots = np.full(keys.shape[:2], -1)
         for row, memory in enumerate(memories):
             for position, key in enumerate(keys[row].double().cpu().numpy()):
@@ -65,7 +75,8 @@ class OracleMemory:
             else:
                 result[:, slot] = asked @ key
                 if self.metric == "cosine":
-                    norms = np.linalg.norm(asked, axis=-1) * np.linalg.norm(key)
+                    # What is stored of a unit vector counts as one.
+                    norms = np.linalg.norm(asked, axis=-1) * (1.0 if self.rounding else np.linalg.norm(key))
                     result[:, slot] /= np.where(norms > 0, norms, 1)
         return result
 
@@ -144,6 +155,11 @@ def check_answer(
     return recall
 
 
+def rounding_of(backend: MemoryBackend) -> Callable[[Tensor], Tensor] | None:
+    """What a backend's storage does to a key; None where keys are kept as they are."""
+    return None if backend.ring.rounded(one := torch.ones(1, backend.dim)) is one else backend.ring.rounded
+
+
 def make_machine(
     make: Callable[[], MemoryBackend], *, recall_floor: float, exact_scores: bool = True
 ) -> type[RuleBasedStateMachine]:
@@ -166,7 +182,7 @@ def make_machine(
         @initialize()
         def begin(self) -> None:
             self.backend = make()
-            self.oracle = OracleMemory(model.num_memories, model.capacity, model.metric)
+            self.oracle = OracleMemory(model.num_memories, model.capacity, model.metric, rounding_of(self.backend))
             self.recall = Recall()
 
         # Few keys as often as many, so that memories are seen short as well as turning over.

@@ -1,19 +1,11 @@
-"""What the base class does for every backend: checks, metrics, saving. Searching is the conformance suite's."""
+"""What the base class does for every backend: checks and metrics. Saving is in test_storage.py."""
 
 from __future__ import annotations
-
-import json
-import multiprocessing
-import os
-import signal
-import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from recollect.memory_backends import CorruptMemory, InvalidInput, load_backend, make_backend
-from recollect.memory_backends.atomic import atomic_file, atomic_folder, write_json
+from recollect.memory_backends import InvalidInput, make_backend
 
 
 def filled(**changes: object):  # type: ignore[no-untyped-def]
@@ -85,81 +77,3 @@ def test_gather_refuses_slots_that_hold_no_key() -> None:
     with pytest.raises(InvalidInput, match="outside"):
         backend.gather_keys(torch.tensor([[[2]]]))
     assert torch.equal(backend.gather_keys(torch.tensor([[[-1]]])), torch.zeros(1, 1, 1, 4))
-
-
-@pytest.mark.parametrize("metric", ["inner_product", "l2", "cosine"])
-def test_saved_memory_comes_back(tmp_path: Path, metric: str) -> None:
-    backend = filled(metric=metric)
-    backend.save(tmp_path / "memory")
-    loaded = load_backend(tmp_path / "memory")
-    queries = torch.randn(3, 5, 4)
-    before, after = backend.search(queries, 9), loaded.search(queries, 9)
-    assert torch.equal(before.scores, after.scores)
-    assert torch.equal(before.slots, after.slots)
-    assert torch.equal(backend.add(torch.ones(3, 2, 4)), loaded.add(torch.ones(3, 2, 4)))
-
-
-def test_damaged_memories_are_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "memory"
-    with pytest.raises(CorruptMemory, match="holds no saved memory"):
-        load_backend(folder)
-    filled().save(folder)
-    keys = (folder / "keys.bin").read_bytes()
-    (folder / "keys.bin").write_bytes(keys[:-4])
-    with pytest.raises(CorruptMemory, match="bytes instead of"):
-        load_backend(folder)
-    (folder / "keys.bin").write_bytes(keys[:-4] + b"\1\2\3\4")
-    with pytest.raises(CorruptMemory, match="checksum"):
-        load_backend(folder)
-    header = json.loads((folder / "memory.json").read_text())
-    for broken, says in (
-        ("{", "not readable JSON"),
-        ('{"format": "other"}', "not written by recollect"),
-        (json.dumps({**header, "version": 99}), "version 99"),
-        (json.dumps({**header, "spec": "nobody"}), "not here"),
-        (json.dumps({key: value for key, value in header.items() if key != "dim"}), "dim"),
-    ):
-        (folder / "memory.json").write_text(broken)
-        with pytest.raises(CorruptMemory, match=says):
-            load_backend(folder)
-
-
-def _save_for_ever(folder: str) -> None:
-    backend = filled(capacity=2000)
-    while True:
-        backend.save(folder)
-
-
-def test_a_killed_save_leaves_a_good_memory(tmp_path: Path) -> None:
-    folder = tmp_path / "memory"
-    filled(capacity=2000).save(folder)
-    context = multiprocessing.get_context("fork")
-    for attempt in range(8):
-        process = context.Process(target=_save_for_ever, args=(str(folder),))
-        process.start()
-        time.sleep(0.02 + 0.013 * attempt)
-        os.kill(process.pid or 0, signal.SIGKILL)
-        process.join()
-        assert load_backend(folder).lengths.tolist() == [11, 11, 11]
-
-
-def test_a_save_killed_between_its_two_renames_is_undone(tmp_path: Path) -> None:
-    folder = tmp_path / "memory"
-    filled().save(folder)
-    folder.rename(tmp_path / ".memory.older")
-    assert load_backend(folder).lengths.tolist() == [8, 8, 8]
-
-
-def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "result.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(ValueError, match="Out of range"):
-        write_json(path, {"a": float("nan")})
-    with pytest.raises(RuntimeError, match="half way"), atomic_file(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError("half way")
-    with pytest.raises(RuntimeError, match="half way"), atomic_folder(tmp_path / "folder") as folder:
-        (folder / "file").write_text("half")
-        raise RuntimeError("half way")
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert [item.name for item in tmp_path.iterdir()] == ["result.json"]

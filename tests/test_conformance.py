@@ -12,6 +12,19 @@ from recollect.memory_backends.testing import BackendConformance
 SWEEP_ENTRIES = 1
 """Entries of each backend's sweep beside its default spec: the suite has to stay a matter of minutes on two cores."""
 
+STORAGES = (
+    "exact:storage=bfloat16",
+    "exact:storage=int8",
+    "exact:keys_in=temporary",
+    "exact:keys_in=temporary,storage=int8",
+    "approx-topk:storage=int8",
+    "faiss-flat:keys_in=temporary,storage=bfloat16",
+    "faiss-ivfpq:keys_in=temporary",
+    "faiss-ivf:storage=int8",
+    "hnswlib:storage=bfloat16",
+)
+"""Ways to store keys: all of them with the oracle, and one of them with each kind of index."""
+
 
 def specs() -> list[str]:
     """Every backend's default spec and the first other entries of its sweep, canonical."""
@@ -19,7 +32,7 @@ def specs() -> list[str]:
     for name in backend_names():
         others = [spec for spec in describe_backend(name).sweep if spec != canonical_spec(name)]
         found += [canonical_spec(name), *others[:SWEEP_ENTRIES]]
-    return found
+    return [*found, *STORAGES]
 
 
 class TestEveryBackend(BackendConformance):
