@@ -139,6 +139,12 @@ class Job(Generic[Result]):
             raise RuntimeError("the build was abandoned")
         return self._value  # type: ignore[return-value]
 
+    def outcome(self) -> Result | None:
+        """What the build gave, None where it failed: then `error` tells; runs or waits like `result`."""
+        with contextlib.suppress(Exception):
+            return self.result()
+        return None
+
     def abandon(self) -> None:
         """Says that nobody wants the result: it is not begun any more, or ends at its next checkpoint."""
         with _builder.changed:
@@ -181,6 +187,13 @@ def submit(task: Callable[[], Result], size: int) -> Job[Result]:
         except RuntimeError:  # no thread to be had, or the interpreter is about to end: whoever wants it builds it
             with _builder.changed:
                 _builder.threads -= 1
+    return job
+
+
+def finished(value: Result) -> Job[Result]:
+    """A job that is done and gave `value`."""
+    job = Job(lambda: value, 0)
+    job.result()
     return job
 
 

@@ -26,9 +26,8 @@ from recollect.memory_backends.faiss_support import (
     gpu_resources,
     metric_of,
 )
-from recollect.memory_backends.options import KeyStorageOptions
 from recollect.memory_backends.threads import library_threads, set_faiss_threads
-from recollect.memory_backends.trained import TrainedBackend
+from recollect.memory_backends.trained import TrainedBackend, TrainedOptions
 
 LIST_ROOM = 1.5
 """Bytes that inverted lists take over those in use: they double when they are full."""
@@ -39,7 +38,7 @@ COARSE_ITERATIONS = 10
 
 
 @dataclass(frozen=True)
-class IvfOptions(KeyStorageOptions):
+class IvfOptions(TrainedOptions):
     """Options of every backend of inverted lists."""
 
     nlist: int = field(default=0, metadata={"help": "cells; 0: the square root of the keys learnt from"})
@@ -88,21 +87,28 @@ class FaissIvfBackend(TrainedBackend):
     def _fewest_keys(self) -> int:
         return max(1, self.options.nlist)
 
-    def _train(self, keys: np.ndarray, seed: int, older: Any, turnover: int) -> Any:
+    def _sample(self, keys: int) -> int:
+        return min(keys, TRAINING_POINTS * (self.options.nlist or max(1, round(keys**0.5))))
+
+    def _learn_from(self, sample: np.ndarray, keys: int, seed: int, older: Any, turnover: int) -> Any:
         set_faiss_threads(self.faiss, 1)
         flat = self.faiss.IndexFlatL2 if self.metric == "l2" else self.faiss.IndexFlatIP
-        nlist = self.options.nlist or max(1, round(len(keys) ** 0.5))
+        nlist = self.options.nlist or max(1, round(keys**0.5))
         index = self._empty_index(flat(self.dim), nlist, seed)
         index.cp.seed = seed
         index.cp.niter = COARSE_ITERATIONS
         # faiss prints a warning below 39 keys to a cell; cells of sqrt(n) keys are meant here.
         index.cp.min_points_per_centroid = 1
         index.set_direct_map_type(self.faiss.DirectMap.Array)
-        self._learn(index, keys, older, turnover)
+        self._teach(index, sample, older, turnover)
+        return index
+
+    def _train(self, keys: np.ndarray, seed: int, older: Any, turnover: int) -> Any:
+        index = self._learn_from(keys, len(keys), seed, older, turnover)
         index.add(keys)
         return index
 
-    def _learn(self, index: Any, keys: np.ndarray, older: Any, turnover: int) -> None:
+    def _teach(self, index: Any, keys: np.ndarray, older: Any, turnover: int) -> None:
         """Trains an empty index; `older` and `turnover` as in `_train`."""
         index.train(keys)
 

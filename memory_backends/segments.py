@@ -16,7 +16,6 @@ Letters as in `base`; P parts to a memory.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import time
@@ -267,7 +266,7 @@ class SegmentedBackend(MemoryBackend):
         started = time.perf_counter()
         late = any(job is not None and job.pending for job in begun)
         tasks: list[Callable[[], Any]] = [
-            functools.partial(_outcome, job) if job else self._build_task(memory, run)
+            job.outcome if job else self._build_task(memory, run)
             for (memory, run), job in zip(wanted, begun, strict=True)
         ]
         made = run_all(tasks) if self.parallel else [task() for task in tasks]
@@ -394,13 +393,6 @@ class SegmentedBackend(MemoryBackend):
             else:
                 joined.append((first, length))
         return joined
-
-
-def _outcome(job: Job[Any]) -> Any:
-    """What a job gave, None where it failed: then `job.error` tells."""
-    with contextlib.suppress(Exception):
-        return job.result()
-    return None
 
 
 __all__ = ["PARTS", "SMALLEST_PART", "Part", "PartOptions", "SegmentedBackend"]

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-import tempfile
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import hypothesis.strategies as st
 import numpy as np
 import pytest
-import torch
-from hypothesis import HealthCheck, settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from background_timings import C, D, M, check_timings, timed_submit, vectors
 
 from recollect.memory_backends import background, segments
-from recollect.memory_backends.background import Job
 from recollect.memory_backends.errors import BuildFailed, ClosedMemory
 from recollect.memory_backends.merging import Run
 from recollect.memory_backends.segments import PartOptions, SegmentedBackend
 from recollect.memory_backends.testing_oracle import OracleMemory, check_answer
 
-M, C, D = 2, 60, 6
 OPTIONS = PartOptions(part_size=16, run_size=4, fan_out=2)
 
 
@@ -33,7 +25,7 @@ class Half(SegmentedBackend):
     name = "half"
     background_from = 1
     timing = "whenever"
-    fails: Callable[[Run], bool] = staticmethod(lambda run: False)
+    fails: Callable[..., bool] = staticmethod(lambda *which: False)
 
     def _build_part(self, keys: np.ndarray, seed: int) -> np.ndarray:
         return keys.copy()
@@ -49,27 +41,6 @@ class Half(SegmentedBackend):
         return int(part.nbytes)
 
 
-def timed_submit(task: functools.partial[Any], size: int) -> Job[Any]:
-    """Begins a job as the memory's `timing` says: at once, never before it is wanted, or whenever a thread comes."""
-    memory: Half = task.func.__self__
-    run: Run = task.args[1]
-
-    def work() -> Any:
-        if memory.fails(run):
-            raise RuntimeError(f"no index over {run}")
-        return task()
-
-    if memory.timing == "whenever":
-        return background.submit(work, size)
-    job = Job(work, size)
-    if memory.timing == "early":
-        try:
-            job.result()
-        except RuntimeError:
-            assert job.state == "failed"
-    return job
-
-
 @pytest.fixture(autouse=True)
 def _timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments, "submit", timed_submit)
@@ -81,96 +52,14 @@ def make(timing: str = "whenever", options: PartOptions = OPTIONS, **more: Any) 
     return backend
 
 
-def vectors(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+@pytest.mark.parametrize("failing", [False, True])
+def test_answers_do_not_depend_on_when_a_build_is_ready(failing: bool) -> None:
+    def made(timing: str) -> Half:
+        backend = make(timing)
+        backend.fails = lambda memory, run, seed: failing and run.start // len(run) % 5 == 3
+        return backend
 
-
-class Timings(RuleBasedStateMachine):
-    """The same calls to three memories, which build early, late, and whenever a thread comes to it."""
-
-    failing = False
-
-    @initialize()
-    def begin(self) -> None:
-        self.backends = [make(timing) for timing in ("early", "late", "whenever")]
-        for backend in self.backends:
-            backend.fails = lambda run: self.failing and run.start // len(run) % 5 == 3
-        self.oracle = OracleMemory(M, C, "inner_product")
-
-    def each(self, call: Callable[[Half], Any]) -> list[Any]:
-        """The answers of all three; a failed build is told by all of them or by none, and the call made again."""
-        answers = []
-        for backend in self.backends:
-            failures = []
-            while True:
-                try:
-                    answers.append((call(backend), failures))
-                    break
-                except BuildFailed as error:
-                    failures.append(str(error))
-        assert all(failures == answers[0][1] for _, failures in answers)
-        return [answer for answer, _ in answers]
-
-    @rule(
-        memories=st.sampled_from([[0], [1], [0, 1]]),
-        count=st.integers(1, 7) | st.integers(1, 80),
-        seed=st.integers(0, 999),
-    )
-    def add(self, memories: list[int], count: int, seed: int) -> None:
-        keys = vectors(len(memories), count, D, seed=seed)
-        expected = self.oracle.add(keys, memories)
-        for slots in self.each(lambda backend: backend.add(keys, memories=memories)):
-            assert (slots.numpy() == expected).all()
-
-    @rule(k=st.integers(1, 12), seed=st.integers(1000, 1999))
-    def search(self, k: int, seed: int) -> None:
-        queries = vectors(M, 3, D, seed=seed)
-        first, *others = [backend.search(queries, k) for backend in self.backends]
-        check_answer(first, queries, k, self.oracle, range(M), exact=False)
-        for other in others:
-            assert torch.equal(first.slots, other.slots)
-            assert torch.equal(first.scores, other.scores)
-
-    @rule(memory=st.integers(0, 1))
-    def reset(self, memory: int) -> None:
-        self.oracle.reset([memory])
-        self.each(lambda backend: backend.reset([memory]))
-
-    @rule()
-    def wait(self) -> None:
-        self.each(lambda backend: backend.wait())
-        assert [backend.stats().pending_builds for backend in self.backends] == [0, 0, 0]
-
-    @rule()
-    def restore(self) -> None:
-        # A memory that was saved in the middle of its builds goes on as if nothing had been.
-        restored = make("late")
-        restored.fails = self.backends[0].fails
-        with tempfile.TemporaryDirectory() as folder:
-            self.backends[2]._save(Path(folder))
-            restored.ring.stored.copy_(self.backends[2].ring.stored)
-            restored.ring.totals.copy_(self.backends[2].ring.totals)
-            restored._restore(Path(folder))
-        self.backends[1] = restored
-
-    def teardown(self) -> None:
-        if hasattr(self, "backends"):
-            for backend in self.backends:
-                backend.close()
-
-
-class FailingTimings(Timings):
-    failing = True
-
-
-@pytest.mark.parametrize("machine", [Timings, FailingTimings])
-def test_answers_do_not_depend_on_when_a_build_is_ready(machine: type[Timings]) -> None:
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
-        ),
-    )
+    check_timings(made)
 
 
 def test_an_index_serves_from_the_key_on_that_was_foretold() -> None:
@@ -215,10 +104,10 @@ def test_waiting_takes_in_what_was_begun() -> None:
 
 def test_a_failed_build_is_told_once_and_its_keys_stay() -> None:
     backend = make("late", num_memories=1)
-    backend.fails = lambda run: run == Run(0, 4)
+    backend.fails = lambda memory, run, seed: run == Run(0, 4)
     keys = vectors(1, 10, D)
     backend.add(keys[:, :4])
-    with pytest.raises(BuildFailed, match=r"keys 0 to 3 of memory 0.*no index over"):
+    with pytest.raises(BuildFailed, match=r"keys 0 to 3 of memory 0.*no index by"):
         backend.add(keys[:, 4:7])
     assert backend.lengths.tolist() == [4]  # an append takes place or it does not
     backend.add(keys[:, 4:7])

@@ -92,7 +92,7 @@ class FaissIvfpq(FaissIvfBackend):
         index.pq.cp.max_points_per_centroid = CODEBOOK_POINTS
         return index
 
-    def _learn(self, index: Any, keys: np.ndarray, older: Any, turnover: int) -> None:
+    def _teach(self, index: Any, keys: np.ndarray, older: Any, turnover: int) -> None:
         if older is None or turnover % CODEBOOK_TURNOVERS == 0:
             index.train(keys)
             return

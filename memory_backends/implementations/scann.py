@@ -6,6 +6,7 @@ Keys are overwritten in place by ScaNN's own `upsert`. The original paper is Guo
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import threading
@@ -18,9 +19,8 @@ import numpy as np
 
 from recollect.memory_backends.base import Capabilities
 from recollect.memory_backends.errors import InvalidSpec
-from recollect.memory_backends.options import KeyStorageOptions
 from recollect.memory_backends.records import Requirement
-from recollect.memory_backends.trained import TrainedBackend
+from recollect.memory_backends.trained import TrainedBackend, TrainedOptions
 
 ASYMMETRIC_HASH_CLUSTERS = 16
 """Codebook entries of ScaNN's LUT16 hashing: it refuses to train on fewer keys."""
@@ -30,7 +30,7 @@ _stderr = threading.Lock()
 
 
 @dataclass(frozen=True)
-class ScannOptions(KeyStorageOptions):
+class ScannOptions(TrainedOptions):
     """Options of `scann`, named as in its builder."""
 
     num_leaves: int = field(default=0, metadata={"help": "cells; 0: the square root of the keys learnt from"})
@@ -154,16 +154,33 @@ class Scann(TrainedBackend):
 def _quiet_stderr() -> Iterator[None]:
     """Keeps the library's informational log lines, which no setting of it silences, off the terminal.
 
-    Its errors come as exceptions all the same. Output that other threads write meanwhile is lost too, so the time is
-    kept short, and only where file descriptor 2 is what Python writes errors to.
+    Its errors come as exceptions all the same. What Python code writes to `sys.stderr` meanwhile, such as a progress
+    bar while an index is trained in the background, still gets there; what other libraries write to file descriptor 2
+    does not.
     """
     with _stderr:
-        sys.stderr.flush()
+        before = sys.stderr
+        before.flush()
         kept = os.dup(2)
+        around = io.TextIOWrapper(
+            os.fdopen(kept, "wb", closefd=False), "utf-8", "backslashreplace", line_buffering=True
+        )
         try:
+            if _writes_to_stderr(before):
+                sys.stderr = around
             with open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), 2)
                 yield
         finally:
+            if sys.stderr is around:
+                sys.stderr = before
+            around.flush()
             os.dup2(kept, 2)
             os.close(kept)
+
+
+def _writes_to_stderr(stream: Any) -> bool:
+    try:
+        return bool(stream.fileno() == 2)
+    except (AttributeError, OSError, ValueError):
+        return False
