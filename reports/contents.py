@@ -4,38 +4,33 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from recollect.reports.advice import FOOTPRINT_RULE, LADDER_RULE, SIZE_RULE, Choice, plain
 from recollect.reports.analysis import Analysis
 from recollect.reports.crossover import RECALL_FLOOR, Crossover, find_crossovers
 from recollect.reports.findings import describe, outcome
+from recollect.reports.latency_tables import latency, noise_note, reaching
 from recollect.reports.rows import Row, shown
 from recollect.reports.statistics import RESAMPLES
+from recollect.reports.tables import Heading, Table
 
 RULES = {"size": SIZE_RULE, "ladder": LADDER_RULE, "footprint": FOOTPRINT_RULE}
+CURVES = (
+    "Curves: each build is filled by replaying what the model appended, and searched at a few segments at which the "
+    "memories are full. Its settings are timed in turns in changing order, with exact search over the same keys and a "
+    "fixed reference operation (a matrix product) in every round; a ratio to exact is the median of the ratios within "
+    "rounds, with a bootstrap interval. Times there are of repeated searches, so they may be lower than in the table "
+    "of the model's own pass, where each search follows an append."
+)
+LATENCY = (
+    "Latency: percentiles are of the searches of single segments while the memories are full, each after the append of "
+    "the segment before; cold is a search after the caches were filled with other data; first is the first search of "
+    "full memories. A machine is called noisy where the quartiles of the reference operation lie further apart than "
+    "15 % of its median, or its median is 1.5 times its fastest call."
+)
 UNKNOWN = "not stated"
 UNSTEADY = 0.8  # of exact's time
-
-
-@dataclass(frozen=True)
-class Heading:
-    """A column's heading with its unit. number: right-aligned; prose: long text that may wrap anywhere."""
-
-    text: str
-    unit: str = ""
-    number: bool = False
-    prose: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """A small table; cells are text in which code stands between backticks."""
-
-    caption: str
-    headings: tuple[Heading, ...]
-    lines: tuple[tuple[str, ...], ...]
 
 
 def text(run: Mapping[str, Any], *path: str) -> str:
@@ -49,7 +44,7 @@ def text(run: Mapping[str, Any], *path: str) -> str:
 
 
 def tables(analysis: Analysis) -> dict[str, Table]:
-    """The small tables by name; one without lines is left out. Crossover tables are named 'crossover:<figure>'."""
+    """The small tables by name; one without lines is left out. What is named '<kind>:<figure>' stands by a figure."""
     made = {"advice": _advice(analysis), "ladder": _ladder(analysis), "smallest": _smallest(analysis)}
     for number, (workload, crossovers) in enumerate(analysis.crossovers):
         if len(workload.memory_sizes) > 1:
@@ -66,6 +61,8 @@ def tables(analysis: Analysis) -> dict[str, Table]:
                 Heading("Its speed", "search, exact = 1", True),
             )
             made[f"crossover:{name}"] = Table(f"Where an index overtakes exact. {where}.", headings, lines)
+    made["reaching:curves"] = reaching(analysis)
+    made["latency"] = latency(analysis)
     made["missing"] = _missing(analysis)
     return {name: table for name, table in made.items() if table.lines}
 
@@ -241,6 +238,7 @@ def notes(analysis: Analysis) -> list[str]:
         found.append(f"Exact search was not measured at {sizes} keys, so nothing can be judged against it there.")
     found += _part_full(analysis)
     found += _unsteady(analysis)
+    found += [note] if (note := noise_note(analysis)) else []
     found += [str(note) for note in analysis.results.run.get("notes") or []]
     if analysis.results.absent:
         found.append(f"The run is not finished: {len(analysis.results.absent)} combinations have no result yet.")
@@ -295,9 +293,13 @@ def method(analysis: Analysis) -> list[str]:
         )
     paragraphs.append(
         "Recall, softmax mass and times are measured on the queries and keys of the model itself, replayed in order: a "
-        "query finds only keys from before its segment. Search is the median time, its bars are quartiles. Search and "
-        "append together is search plus the append time per key times the keys that a segment adds."
+        "query finds only keys from before its segment. Search is the median time while the memories are full, its "
+        "bars are quartiles. Search and append together is search plus the append time per key times the keys that a "
+        "segment adds."
     )
+    if analysis.results.curves:
+        paragraphs.append(CURVES)
+    paragraphs.append(LATENCY)
     paragraphs.append(
         "Crossover: a backend's quickest spec that reaches the recall floor at a size is compared with exact at that "
         "size; the crossing is interpolated on logarithmic axes, and counts only if the backend stays ahead up to the "

@@ -174,6 +174,7 @@ _TIPS = {
     "low": ("95 % from", "Q", "+.3f"),
     "high": ("95 % to", "Q", "+.3f"),
     "ms": ("Search, ms per segment", "Q", ".3~f"),
+    "ratio": ("Time, exact = 1", "Q", ".2f"),
     "bytes": ("Bytes per key", "Q", ",.0f"),
     "turnover": ("Times refilled", "Q", ".2f"),
     "append": ("Append, µs per key", "Q", ".3~f"),
@@ -217,13 +218,13 @@ def log_axis(channel: Callable[..., Any], field: str, title: str, domain: list[f
 _MISSES = (0.0, 0.01, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
 
 
-def found_axis(field: str, title: str, values: Sequence[float]) -> Any:
-    """A share found (0 to 1), drawn as the share missed (`field`) on a square-root scale, right to left."""
+def found_axis(field: str, title: str, values: Sequence[float], *, channel: Callable[..., Any] = alt.X) -> Any:
+    """A share found (0 to 1), drawn as the share missed (`field`) on a square-root scale, most found last."""
     largest = max([*values, 0.02]) * 1.06
     ticks = [m for m in _MISSES if m <= largest]
     axis = alt.Axis(values=ticks, labelExpr="format(1 - datum.value, '~g')", labelOverlap=True)
     scale = alt.Scale(type="sqrt", domain=[largest, -0.0015 * largest], nice=False)
-    return alt.X(f"{field}:Q", title=title, scale=scale, axis=axis)
+    return channel(f"{field}:Q", title=title, scale=scale, axis=axis)
 
 
 # Differences within this much are of no interest to anyone, and must not be blown up to fill a panel.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import altair as alt
 
 from recollect.reports.crossover import INSTRUMENTS, RECALL_FLOOR, Workload, find_crossovers, quickest_by_backend
+from recollect.reports.curve_figures import curves, front
 from recollect.reports.drawing import (
     HEIGHT,
     Figure,
@@ -39,8 +40,10 @@ def figures(analysis: Analysis) -> tuple[Figure, ...]:
         against_perplexity(analysis, backends, "recall"),
         perplexity_by_size(analysis, backends),
         *(latency(analysis, backends, workload, i) for i, workload in enumerate(analysis.workloads)),
-        pareto(analysis, backends, "difference"),
-        pareto(analysis, backends, "recall"),
+        curves(analysis, backends),
+        pareto(analysis, backends),
+        front(analysis, backends, "recall"),
+        front(analysis, backends, "share"),
         footprint(analysis, backends),
         streaming(analysis, backends),
         against_perplexity(analysis, backends, "share"),
@@ -243,51 +246,43 @@ def latency(analysis: Analysis, backends: Sequence[str], workload: Workload, num
     )
 
 
-def pareto(analysis: Analysis, backends: Sequence[str], field: str) -> Figure | None:
-    """Search time against the difference of perplexity (or missed neighbours), a panel per memory size."""
+def pareto(analysis: Analysis, backends: Sequence[str]) -> Figure | None:
+    """Search time against the difference of perplexity, a panel per memory size."""
     style = Style(backends)
     rows = [r for r in analysis.measured if r.cell.backend not in INSTRUMENTS and r.cell.search_ms]
-    records = [r for r in map(record, rows) if r[field] is not None]
+    records = [r for r in map(record, rows) if r["difference"] is not None]
     if not records:
         return None
-    difference = field == "difference"
     domain = domain_of([v for r in records for v in (r["ms_low"], r["ms_high"])], log=True)
     x = log_axis(alt.X, "ms", "Search (ms per segment)", domain)
-    if difference:
-        y, scale = above_exact([v for r in records for v in (r["low"], r["high"])])
-    else:
-        scale = alt.Scale(domain=domain_of([*(r["recall"] for r in records), 1.0]), nice=False)
-        y = alt.Y("recall:Q", title="Recall at k", scale=scale)
+    y, scale = above_exact([v for r in records for v in (r["low"], r["high"])])
     panels = []
     for size in analysis.results.memory_sizes:
         here = [r for r in records if r["size"] == size]
-        front = pareto_front(here, lambda r: r["ms"], _loss_beyond_noise if difference else lambda r: -r["recall"])
+        best = pareto_front(here, lambda r: r["ms"], _loss_beyond_noise)
         for entry in here:
-            entry["front"] = entry in front
+            entry["front"] = entry in best
         base = alt.Chart(data(here)).encode(x=x, color=style.colour)
-        line = alt.Chart(data(front)).mark_line(
+        line = alt.Chart(data(best)).mark_line(
             color="#555555", interpolate="step-after", strokeDash=[5, 3], strokeWidth=1.5
         )
         tooltip = tips("spec", "size", "recall", "perplexity", "difference", "low", "high", "ms")
         full = base.transform_filter("datum.front").mark_point(filled=True, size=110)
         hollow = base.transform_filter("!datum.front").mark_point(size=60)
-        layers = [line.encode(x=x, y=y)]
-        if difference:
-            bars = base.mark_rule(strokeWidth=1.5).encode(y=alt.Y("low:Q", scale=scale), y2="high:Q")
-            layers.append(bars.encode(opacity=style.opacity(0.5)))
+        bars = base.mark_rule(strokeWidth=1.5).encode(y=alt.Y("low:Q", scale=scale), y2="high:Q")
+        layers = [line.encode(x=x, y=y), bars.encode(opacity=style.opacity(0.5))]
         layers += [m.encode(y=y, shape=style.shape, opacity=style.opacity(), tooltip=tooltip) for m in (hollow, full)]
         panels.append(alt.layer(*layers).properties(height=HEIGHT, title=memory_title(size)))
-    against = "perplexity" if difference else "recall"
-    corner = "lower left: quick and close to exact" if difference else "upper left: quick and complete"
     return Figure(
-        f"pareto-{against}",
-        f"Pareto front: search time against {against}",
-        f"Best is the {corner}. Filled marks joined by the dashed line form the front: no other spec is both quicker "
-        "and better. Hollow marks are beaten by one on the front. Differences whose interval contains 0 count as 0.",
-        f"Search time against {against} of {len(records)} specs, a panel per memory size, the Pareto front marked.",
+        "pareto-perplexity",
+        "Pareto front: search time against perplexity",
+        "Best is the lower left: quick and close to exact. Filled marks joined by the dashed line form the front: no "
+        "other spec is both quicker and better. Hollow marks are beaten by one on the front. Differences whose "
+        "interval contains 0 count as 0.",
+        f"Search time against perplexity of {len(records)} specs, a panel per memory size, the Pareto front marked.",
         tuple(panels),
         tuple(b for b in backends if any(r["backend"] == b for r in records)),
-        short=f"Pareto: {against}",
+        short="Pareto: perplexity",
     )
 
 

@@ -18,11 +18,11 @@ from markupsafe import Markup, escape
 
 from recollect.reports import contents
 from recollect.reports.analysis import Analysis
-from recollect.reports.contents import Heading
 from recollect.reports.drawing import Figure
 from recollect.reports.findings import findings
 from recollect.reports.rows import SHOWN, escape_markdown, markdown_table, shown
 from recollect.reports.style import marks, svg_path
+from recollect.reports.tables import Heading
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -68,10 +68,11 @@ def render_html(analysis: Analysis, figures: Sequence[Figure], stills: Mapping[s
         **_text(analysis),
         tables=tables,
         figures=[
-            {**embedded(figure, stills), "crossovers": [n for n in tables if n == f"crossover:{figure.name}"]}
+            {**embedded(figure, stills), "crossovers": [n for n in tables if n.partition(":")[2] == figure.name]}
             for figure in figures
         ],
         whole=_whole(analysis),
+        curves=bool(analysis.results.curves),
         sizes=sorted({r.cell.memory_size for r in analysis.rows}),
         statuses=sorted({r.cell.status for r in analysis.rows}),
         css=asset("report.css"),

@@ -3,6 +3,7 @@
     run.json            what was run, on what, where            -> Run
     cells/<id>.json     one spec at one memory size             -> Cell
     losses/<id>.npz     per-token losses of that cell           -> Cell.losses
+    curves.json         every search option over each index     -> CurvePoint
     crossover.json      search times at larger memories, if any -> CrossoverRow
 
 Only JSON and plain arrays are read; nothing is ever unpickled. A folder that is missing, truncated, foreign or that
@@ -11,7 +12,6 @@ mixes two runs raises `ReportError`: a difference between cells of different run
 
 from __future__ import annotations
 
-import json
 import math
 import zipfile
 from collections.abc import Mapping
@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recollect.reports.beside import CrossoverRow, CurvePoint, read_crossover, read_curves
 from recollect.reports.errors import ReportError
+from recollect.reports.reading import check_schema, read_json, refuse_mixing, rerun
 
-SCHEMA = 1
 STATUSES = ("ok", "skipped", "failed")
 NO_MEMORY = "none"
-RERUN = "run `recollect compare --output {folder}` again; it measures anew what is missing and keeps the rest"
 # The perplexity of a cell and its stored losses are one measurement: they may differ by rounding only.
 PERPLEXITY_TOLERANCE = 2e-3
 
@@ -64,7 +64,18 @@ class Cell:
     search_ms: float | None = None
     search_ms_low: float | None = None
     search_ms_high: float | None = None
+    search_ms_p50: float | None = None
+    search_ms_p95: float | None = None
+    search_ms_p99: float | None = None
+    search_ms_cold: float | None = None
+    search_first_ms: float | None = None
+    searches: int | None = None
     append_us_per_key: float | None = None
+    append_ms_p50: float | None = None
+    append_ms_p95: float | None = None
+    append_ms_p99: float | None = None
+    reference_ms: float | None = None
+    noisy: bool | None = None
     build_seconds: float | None = None
     index_bytes: float | None = None
     key_bytes: float | None = None
@@ -95,23 +106,6 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class CrossoverRow:
-    """A search time at a memory size beyond what the model was evaluated with."""
-
-    spec: str
-    backend: str
-    memory_size: int
-    num_memories: int
-    queries: int
-    k: int
-    search_ms: float
-    search_ms_low: float | None
-    search_ms_high: float | None
-    recall_at_k: float | None
-    build_seconds: float | None
-
-
-@dataclass(frozen=True)
 class Results:
     """A whole result folder. `run` is run.json as it stands; the cells are ordered by memory size, backend and spec."""
 
@@ -120,6 +114,7 @@ class Results:
     cells: tuple[Cell, ...]
     tokens: Tokens | None
     crossover: tuple[CrossoverRow, ...]
+    curves: tuple[CurvePoint, ...] = ()
 
     @property
     def memory_sizes(self) -> tuple[int, ...]:
@@ -199,41 +194,16 @@ def load_results(folder: Path | str) -> Results:
         raise ReportError(f"{folder} is not a folder; name the folder that `recollect compare --output FOLDER` wrote")
     run_path = folder / "run.json"
     if not run_path.is_file():
-        raise ReportError(f"{folder} has no run.json, so it is not a result folder; {_rerun(folder)}")
-    run = _read_json(run_path, folder)
-    _check_schema(run, run_path)
+        raise ReportError(f"{folder} has no run.json, so it is not a result folder; {rerun(folder)}")
+    run = read_json(run_path, folder)
+    check_schema(run, run_path)
     paths = sorted((folder / "cells").glob("*.json"))
     if not paths:
-        raise ReportError(f"{folder / 'cells'} holds no measurements yet; {_rerun(folder)}")
+        raise ReportError(f"{folder / 'cells'} holds no measurements yet; {rerun(folder)}")
     reader = _Reader(folder, run)
     cells = [reader.cell(path) for path in paths]
     cells.sort(key=lambda c: (c.memory_size, c.backend != "exact", c.backend, c.spec))
-    crossover = _read_crossover(folder)
-    return Results(folder, run, tuple(cells), reader.tokens, crossover)
-
-
-def _rerun(folder: Path) -> str:
-    return RERUN.format(folder=folder)
-
-
-def _read_json(path: Path, folder: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ReportError(f"cannot read {path}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ReportError(f"{path} is truncated or not JSON ({error}); delete it and {_rerun(folder)}") from error
-    if not isinstance(content, dict):
-        raise ReportError(f"{path} holds no JSON object, so recollect did not write it; remove it from the folder")
-    return content
-
-
-def _check_schema(content: Mapping[str, Any], path: Path) -> None:
-    if content.get("schema") != SCHEMA:
-        raise ReportError(
-            f"{path} has schema {content.get('schema')!r}, this version of recollect reads schema {SCHEMA}; "
-            "report with the version that measured it, or compare again into a new folder"
-        )
+    return Results(folder, run, tuple(cells), reader.tokens, read_crossover(folder, run), read_curves(folder, run))
 
 
 class _Reader:
@@ -248,15 +218,15 @@ class _Reader:
         self.seen: dict[tuple[str, int], Path] = {}
 
     def cell(self, path: Path) -> Cell:
-        content = _read_json(path, self.folder)
-        _check_schema(content, path)
+        content = read_json(path, self.folder)
+        check_schema(content, path)
         fields = _Fields(content, path, self.folder)
         status = fields.text("status")
         if status not in STATUSES:
             raise ReportError(f"{path} has status {status!r}, not one of {', '.join(STATUSES)}; delete it and compare")
         spec, size = fields.text("spec"), fields.integer("memory_size")
         if size is None or size < 0:
-            raise ReportError(f"{path} has no memory_size; delete it and {_rerun(self.folder)}")
+            raise ReportError(f"{path} has no memory_size; delete it and {rerun(self.folder)}")
         if (spec, size) in self.seen:
             raise ReportError(
                 f"{path} and {self.seen[spec, size]} both measure {spec!r} at {size} keys: two runs are mixed; "
@@ -265,13 +235,15 @@ class _Reader:
         self.seen[spec, size] = path
         self._same("k", content, path, baseline=size == 0)
         self._same("seed", content, path)
+        refuse_mixing(content, self.run, path, self.folder)
         self._settings(content, path)
         figures: dict[str, Any] = {}
         if status == "ok":
             figures = {name: fields.number(name) for name in _FIGURES}
-            figures["tokens"] = fields.integer("tokens")
+            figures["tokens"], figures["searches"] = fields.integer("tokens"), fields.integer("searches")
+            figures["noisy"] = fields.truth("noisy")
             if figures["perplexity"] is None:
-                raise ReportError(f"{path} is marked ok but has no perplexity; delete it and {_rerun(self.folder)}")
+                raise ReportError(f"{path} is marked ok but has no perplexity; delete it and {rerun(self.folder)}")
             figures["losses"] = self._losses(content, path, figures["perplexity"])
             figures["streaming"] = fields.streaming()
         return Cell(
@@ -318,7 +290,7 @@ class _Reader:
         if not target.resolve().is_relative_to(self.folder.resolve()):
             raise ReportError(f"{path} points at losses outside its folder ({name!r}); it is not recollect's own")
         if not target.is_file():
-            raise ReportError(f"{target} is missing, though {path} names it; delete {path} and {_rerun(self.folder)}")
+            raise ReportError(f"{target} is missing, though {path} names it; delete {path} and {rerun(self.folder)}")
         losses, tokens = _read_losses(target, path, self.folder)
         if self.tokens is None:
             names = _entry(self.run, "corpus", "document_names")
@@ -340,13 +312,13 @@ class _Reader:
         if abs(from_losses / perplexity - 1) > PERPLEXITY_TOLERANCE:
             raise ReportError(
                 f"{path} says perplexity {perplexity:.4f}, its losses in {target.name} say {from_losses:.4f}: they are "
-                f"not of one measurement; delete {path} and {_rerun(self.folder)}"
+                f"not of one measurement; delete {path} and {rerun(self.folder)}"
             )
         return losses
 
 
 def _read_losses(target: Path, path: Path, folder: Path) -> tuple[NDArray[np.float32], Tokens]:
-    remedy = f"delete {target} and {path}, then {_rerun(folder)}"
+    remedy = f"delete {target} and {path}, then {rerun(folder)}"
     try:
         with np.load(target, allow_pickle=False) as arrays:
             losses, document, position = (arrays[name] for name in ("loss", "document", "position"))
@@ -370,7 +342,16 @@ _FIGURES = [
     "search_ms",
     "search_ms_low",
     "search_ms_high",
+    "search_ms_p50",
+    "search_ms_p95",
+    "search_ms_p99",
+    "search_ms_cold",
+    "search_first_ms",
     "append_us_per_key",
+    "append_ms_p50",
+    "append_ms_p95",
+    "append_ms_p99",
+    "reference_ms",
     "build_seconds",
     "index_bytes",
     "key_bytes",
@@ -387,7 +368,7 @@ class _Fields:
     def _wrong(self, name: str, wanted: str) -> ReportError:
         return ReportError(
             f"{self.path}: {name} is {self.content.get(name)!r}, want {wanted}; delete the file and "
-            f"{_rerun(self.folder)}"
+            f"{rerun(self.folder)}"
         )
 
     def text(self, name: str) -> str:
@@ -412,6 +393,12 @@ class _Fields:
             raise self._wrong(name, "a finite number")
         return float(value)
 
+    def truth(self, name: str) -> bool | None:
+        value = self.content.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise self._wrong(name, "true or false")
+        return value
+
     def streaming(self) -> Streaming | None:
         value = self.content.get("streaming")
         if not isinstance(value, Mapping) or not value.get("turnover"):
@@ -425,40 +412,3 @@ class _Fields:
         turnover = arrays.pop("turnover")
         assert turnover is not None
         return Streaming(turnover=turnover, **arrays)
-
-
-def _read_crossover(folder: Path) -> tuple[CrossoverRow, ...]:
-    path = folder / "crossover.json"
-    if not path.is_file():
-        return ()
-    content = _read_json(path, folder)
-    rows = []
-    try:
-        for row in content["rows"]:
-            if row.get("search_ms") is None:
-                continue  # skipped or failed there; the cells carry the reason
-            rows.append(
-                CrossoverRow(
-                    spec=str(row["spec"]),
-                    backend=str(row["backend"]),
-                    memory_size=int(row["memory_size"]),
-                    num_memories=int(row["num_memories"]),
-                    queries=int(row["queries"]),
-                    k=int(row["k"]),
-                    search_ms=float(row["search_ms"]),
-                    search_ms_low=_optional(row, "search_ms_low"),
-                    search_ms_high=_optional(row, "search_ms_high"),
-                    recall_at_k=_optional(row, "recall_at_k"),
-                    build_seconds=_optional(row, "build_seconds"),
-                )
-            )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ReportError(
-            f"{path} is not as recollect writes it ({error!r}); delete it and {_rerun(folder)}"
-        ) from error
-    return tuple(rows)
-
-
-def _optional(row: Mapping[str, Any], name: str) -> float | None:
-    value = row.get(name)
-    return None if value is None else float(value)

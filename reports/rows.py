@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from recollect.reports.beside import yes_or_no
 from recollect.reports.files import write_bytes, write_text
 from recollect.reports.results import Cell
 from recollect.reports.statistics import Interval
@@ -44,8 +45,19 @@ COLUMNS = [
     "index_bytes",
     "key_bytes",
     "seed",
+    "search_ms_p50",
+    "search_ms_p95",
+    "search_ms_p99",
+    "search_ms_cold",
+    "search_first_ms",
+    "searches",
+    "append_ms_p50",
+    "append_ms_p95",
+    "append_ms_p99",
+    "reference_ms",
+    "noisy",
 ]
-_WHOLE = ("memory_size", "k", "tokens", "seed", "index_bytes", "key_bytes")
+_WHOLE = ("memory_size", "k", "tokens", "seed", "searches", "index_bytes", "key_bytes")
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,7 @@ class Row:
         values["perplexity_low"] = self.perplexity.low if self.perplexity else None
         values["perplexity_high"] = self.perplexity.high if self.perplexity else None
         values["difference_percent"] = self.percent
+        values["noisy"] = yes_or_no(cell.noisy)
         values["segment_ms"] = self.segment_ms if cell.ok else None
         for name in _WHOLE:
             value = values[name]
@@ -111,8 +124,8 @@ def write_parquet(path: Path, rows: Sequence[Row]) -> Path | None:
         return None
     whole, text = pyarrow.int64(), pyarrow.string()
     kinds = {name: pyarrow.float64() for name in COLUMNS}
-    kinds |= dict.fromkeys(("memory_size", "k", "tokens", "seed"), whole)
-    kinds |= dict.fromkeys(("spec", "backend", "status", "reason"), text)
+    kinds |= dict.fromkeys(("memory_size", "k", "tokens", "seed", "searches"), whole)
+    kinds |= dict.fromkeys(("spec", "backend", "status", "reason", "noisy"), text)
     schema = pyarrow.schema(list(kinds.items()))
     table = pyarrow.Table.from_pylist([_floats(row.values(), kinds, pyarrow) for row in rows], schema=schema)
     sink = pyarrow.BufferOutputStream()
@@ -136,6 +149,7 @@ SHOWN: tuple[tuple[str, str, str, int | None], ...] = (
     ("difference_low", "from", "95 %", 3),
     ("difference_high", "to", "95 %", 3),
     ("search_ms", "Search", "ms per segment", 2),
+    ("search_ms_p99", "its p99", "ms per segment", 2),
     ("append_us_per_key", "Append", "µs per key", 2),
     ("segment_ms", "Search and append", "ms per segment", 2),
     ("build_seconds", "Build", "s", 2),

@@ -55,9 +55,13 @@ def write_synthetic_results(
     seed: int = 0,
     with_losses: bool = True,
     with_crossover: bool = True,
+    with_curves: bool = True,
     twin: bool = True,
 ) -> Path:
-    """Fills `folder` with run.json, cells, losses and crossover.json, as `recollect compare` does. Returns it."""
+    """Fills `folder` with run.json, cells, losses, curves.json and crossover.json, as `recollect compare` does.
+
+    Returns it.
+    """
     generator = np.random.default_rng(seed)
     document = np.repeat(np.arange(documents, dtype=np.int32), tokens_per_document)
     position = np.tile(np.arange(tokens_per_document, dtype=np.int32), documents)
@@ -91,6 +95,17 @@ def write_synthetic_results(
                 "search_ms": ms,
                 "search_ms_low": ms * 0.97,
                 "search_ms_high": ms * 1.05,
+                "search_ms_p50": ms,
+                "search_ms_p95": ms * 1.1,
+                "search_ms_p99": ms * 1.3,
+                "search_ms_cold": ms * 1.2,
+                "search_first_ms": ms * 1.5,
+                "searches": 40,
+                "append_ms_p50": append * SEGMENT * ROWS * HEADS / 1000,
+                "append_ms_p95": append * SEGMENT * ROWS * HEADS / 900,
+                "append_ms_p99": append * SEGMENT * ROWS * HEADS / 500,
+                "reference_ms": 5.0,
+                "noisy": spec.startswith("pynndescent"),
                 "append_us_per_key": append * (1 + 0.05 * steps),
                 "build_seconds": append * size * ROWS * HEADS / 1e6,
                 "key_bytes": 4.0 * DIM * size * ROWS * HEADS,
@@ -106,8 +121,14 @@ def write_synthetic_results(
             "ImportError: no library 'vectorama' here; pip install 'vectorama>=2' <script>alert(\"x\")</script> | & 'q'"
         )
         _cell(folder, run, "vectorama:mode='<b>\"fast\"</b>'", "vectorama", size, status="failed", reason=reason)
+    if with_curves:
+        content = {"schema": 1, "provenance": _provenance(run), "curves": _curves(specs or tuple(SPECS), sizes)}
+        write_text(folder / "curves.json", json.dumps(content))
     if with_crossover:
-        write_text(folder / "crossover.json", json.dumps({"schema": 1, "rows": _crossover(specs or tuple(SPECS))}))
+        write_text(
+            folder / "crossover.json",
+            json.dumps({"schema": 1, "provenance": _provenance(run), "rows": _crossover(specs or tuple(SPECS))}),
+        )
     return folder
 
 
@@ -141,6 +162,8 @@ def _run(sizes: tuple[int, ...], documents: int, tokens: int, names: list[str], 
             "config": {"layers": 3, "width": 256, "heads": HEADS, "head_dim": DIM, "memory_layers": [1]},
         },
         "commit": "0123456789abcdef",
+        "code": hashlib.sha256(b"code").hexdigest(),
+        "device": "cpu",
         "k": K,
         "segment_length": SEGMENT,
         "rows": ROWS,
@@ -148,6 +171,52 @@ def _run(sizes: tuple[int, ...], documents: int, tokens: int, names: list[str], 
         "memory_sizes": [0, *sizes],
         "twin": None,
     }
+
+
+def _provenance(run: dict[str, Any]) -> dict[str, Any]:
+    names = ("machine", "libraries", "threads", "device", "seed", "commit", "code", "k")
+    return {name: run[name] for name in names}
+
+
+def _curves(specs: tuple[str, ...], sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+    """A curve of five points for each spec, its own among them; one point where it is exact."""
+    made = []
+    for size in sizes:
+        for spec in specs:
+            recall, slope, fixed, per_thousand, growth, _, _ = SPECS[spec]
+            if spec.startswith("degraded"):
+                continue
+            name, _, options = spec.partition(":")
+            own = float(np.clip(recall - slope * math.log(size / 8192, 4), 0.02, 1.0))
+            ms = 0.9 * (fixed + per_thousand * size / 1000 * (size / 8192) ** (growth - 1))
+            exact_ms = 0.9 * (0.4 + 0.9 * size / 1000)
+            points = []
+            for effort in (1.0,) if own == 1.0 else (0.3, 0.6, 1.0, 2.0, 4.0):
+                found = 1 - (1 - own) ** min(effort, 3.0) if effort != 1.0 else own
+                took = ms * (0.3 + 0.7 * effort)
+                points.append(
+                    {
+                        "spec": spec if effort == 1.0 else f"{name}:{options + ',' if options else ''}effort={effort}",
+                        "backend": name,
+                        "memory_size": size,
+                        "k": K,
+                        "recall_at_k": found,
+                        "softmax_mass": 0.97 * (1 - (1 - found) ** 1.3),
+                        "search_ms": took,
+                        "search_ms_low": took * 0.97,
+                        "search_ms_high": took * 1.04,
+                        "search_ms_p95": took * 1.1,
+                        "search_ms_p99": took * 1.2,
+                        "samples": 12,
+                        "exact_ratio": took / exact_ms,
+                        "exact_ratio_low": 0.97 * took / exact_ms,
+                        "exact_ratio_high": 1.04 * took / exact_ms,
+                        "reference_ms": 5.0,
+                        "noisy": name == "pynndescent",
+                    }
+                )
+            made.append({"build": spec, "backend": name, "memory_size": size, "points": points, "reason": ""})
+    return made
 
 
 def autocorrelated(generator: np.random.Generator, count: int, correlation: float = 0.8) -> np.ndarray:
@@ -194,6 +263,7 @@ def _cell(
         np.savez(buffer, loss=losses.astype(np.float32), document=document, position=position)
         write_bytes(folder / name, buffer.getvalue())
     cell = {"schema": 1, "spec": spec, "backend": backend, "memory_size": size, "k": run["k"], "status": status}
+    cell |= {"provenance": _provenance(run)}
     cell |= {"reason": reason, "perplexity": perplexity, "seed": run["seed"], "losses": name, **figures}
     write_text(folder / "cells" / f"{identity}.json", json.dumps(cell))
 

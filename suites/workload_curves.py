@@ -35,8 +35,11 @@ ROUNDS = 3
 REFINEMENTS = 4
 """Settings that are put where the declared ones leave the largest jumps of recall."""
 
-BEATEN = 0.7
+BEATEN = 0.85
 """A setting is left out where another finds as much in less than this share of its time."""
+
+MOST_SETTINGS = 12
+"""Of the settings that are left the least beaten are kept, beside the specs' own."""
 
 INSTRUMENTS = ("degraded", "none")
 """Backends that are no index: they have no curve."""
@@ -160,7 +163,10 @@ def choose_settings(
 
     Each is searched and timed once; where neighbours' recall lies far apart one is put between them.
     """
-    own = [curve_setting(spec) for spec in specs]
+    own: list[Settings] = []
+    for spec in specs:
+        if (setting := curve_setting(spec)) not in own:
+            own.append(setting)
     declared = settings_of(type(backend).curve)
     settings = [*declared, *(setting for setting in own if setting not in declared)]
     trial = CurveMeter(k, rounds=1)
@@ -169,15 +175,19 @@ def choose_settings(
     trial.measure(backend, queries, truth, added)
     known = [(dict(point.options), point.recall_at_k, point.search_ms) for point in trial.points()]
     useful = without_waste([setting for setting, _, _ in known], [recall for _, recall, _ in known])
-    return [
-        setting
+    others = [
+        (_share_of_time(recall, milliseconds, known), setting)
         for setting, recall, milliseconds in known
-        if setting in own or (setting in useful and not _beaten(recall, milliseconds, known))
+        if setting in useful and setting not in own
     ]
+    others = [(share, setting) for share, setting in others if share >= BEATEN]
+    others.sort(key=lambda one: -one[0])
+    return own + [setting for _, setting in others[:MOST_SETTINGS]]
 
 
-def _beaten(recall: float, milliseconds: float, known: Known) -> bool:
-    return any(other >= recall and time_ms < BEATEN * milliseconds for _, other, time_ms in known)
+def _share_of_time(recall: float, milliseconds: float, known: Known) -> float:
+    """The time of the quickest setting that finds as much, over this one's; 1 on the front."""
+    return min(time_ms for _, other, time_ms in known if other >= recall) / milliseconds
 
 
 __all__ = ["INSTRUMENTS", "curve_build", "curve_setting", "measure_workload_curve", "record"]

@@ -11,8 +11,9 @@ import pytest
 from recollect.reports import load_results
 from recollect.reports.advice import runs_of_sizes, within
 from recollect.reports.analysis import Analysis, analyse
-from recollect.reports.contents import notes
+from recollect.reports.contents import notes, tables
 from recollect.reports.crossover import Crossover, Timing, Workload, find_crossovers, workloads
+from recollect.reports.curves import front_of, quickest_reaching, time_points
 from recollect.reports.findings import findings, outcome
 from recollect.reports.pareto import pareto_front
 from recollect.reports.synthetic import SPECS, write_synthetic_results
@@ -212,3 +213,41 @@ def test_memories_that_the_text_does_not_fill_are_named(tmp_path: Path) -> None:
         cell = json.loads(path.read_text())
         path.write_text(json.dumps(cell | {"key_bytes": cell["key_bytes"] / 4}))
     assert any("of 8,192 keys 25 %" in note for note in notes(analyse(load_results(tmp_path))))
+
+
+def test_fronts_and_wanted_recalls_use_every_point_of_the_curves(tmp_path: Path) -> None:
+    specs = ("exact", "degraded:drop=0.5", "scann:leaves_to_search=4", "pynndescent")
+    analysis = analyse(load_results(write_synthetic_results(tmp_path, specs=specs, sizes=(8192,))))
+    points = time_points(analysis)
+    assert len(points) == 1 + 5 + 5, "the instrument has no curve, and no spec counts twice"
+    best = front_of(points, "recall")
+    assert any("effort=" in point.spec for point in best), "a point that is no spec of the sweep"
+    assert [p.ms for p in best] == sorted(p.ms for p in best)
+    assert [p.recall for p in best] == sorted(p.recall for p in best)
+    assert {p.backend for p in front_of(points, "share")} <= {"exact", "scann"}
+    reached = {one.recall: one.point for one in quickest_reaching(points, (8192,))}
+    for recall, point in reached.items():
+        assert point is not None
+        assert point.recall >= recall
+        assert point.ms == min(p.ms for p in points if p.recall >= recall)
+    assert reached[0.999] is not None
+    assert reached[0.999].spec == "exact"
+
+
+def test_where_there_is_no_curve_the_specs_own_points_stand(tmp_path: Path) -> None:
+    specs = ("exact", "scann:leaves_to_search=4")
+    folder = write_synthetic_results(tmp_path, specs=specs, sizes=(8192,), with_curves=False)
+    analysis = analyse(load_results(folder))
+    assert {(p.spec, p.ratio) for p in time_points(analysis)} == {(spec, None) for spec in specs}
+    assert "reaching:curves" not in tables(analysis)
+
+
+def test_a_noisy_machine_is_told(tmp_path: Path) -> None:
+    quiet = analyse(load_results(write_synthetic_results(tmp_path / "a", specs=("exact",), sizes=(512,))))
+    assert not any("noisy" in note for note in notes(quiet))
+    specs = ("exact", "pynndescent")
+    noisy = analyse(load_results(write_synthetic_results(tmp_path / "b", specs=specs, sizes=(512,))))
+    (told,) = (note for note in notes(noisy) if "noisy" in note)
+    assert "1 of 2 measurements and 5 of 6 points" in told
+    marks = {line[2]: line[1] for line in tables(noisy)["latency"].lines}
+    assert marks == {"`exact`": "quiet", "`pynndescent`": "noisy"}

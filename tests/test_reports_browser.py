@@ -47,7 +47,7 @@ def test_every_figure_is_drawn_to_its_width(opened: Visit) -> None:
         ".getBoundingClientRect(); return [b.dataset.figure, b.dataset.drawn, b.clientWidth, s.width, s.height,"
         " b.querySelectorAll('.mark-symbol path, .mark-rect path').length]; })"
     )
-    assert len(sizes) == 9
+    assert len(sizes) == 11
     for name, drawn, room, width, height, marks in sizes:
         assert drawn == "yes", name
         assert 0.9 * room <= width <= room, name

@@ -99,11 +99,23 @@ def test_parquet_holds_the_same(written: ReportFiles) -> None:
             assert mine["perplexity"] == pytest.approx(float(other["perplexity"]), rel=1e-5)
 
 
+def test_every_point_of_every_curve_is_in_a_table(written: ReportFiles) -> None:
+    assert written.curves_csv is not None
+    with written.curves_csv.open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    points = load_results(written.page.parent).curves
+    assert len(rows) == len(points) > 4 * len(SPECS)
+    for row, point in zip(rows, points, strict=True):
+        assert (row["spec"], int(row["memory_size"])) == (point.spec, point.memory_size)
+        assert float(row["search_ms"]) == pytest.approx(point.search_ms, rel=1e-5)
+        assert row["noisy"] == ("yes" if point.backend == "pynndescent" else "no")
+
+
 def test_figures_are_drawn(written: ReportFiles) -> None:
     names = {path.stem for path in written.figures}
     assert names == {
         *("recall-perplexity", "mass-perplexity", "perplexity-memory", "latency-memory", "latency-larger-1"),
-        *("pareto-perplexity", "pareto-recall", "footprint", "streaming"),
+        *("curves", "pareto-perplexity", "pareto-recall", "pareto-mass", "footprint", "streaming"),
     }
     for path in written.figures:
         content = path.read_bytes()
@@ -128,7 +140,7 @@ def test_page_loads_nothing(written: ReportFiles, page: _Page) -> None:
         for name in loading & set(attributes):
             assert str(attributes[name]).startswith("data:"), (tag, name, attributes[name])
         if tag == "a":
-            assert re.fullmatch(r"#[\w-]+|results\.csv|figures/[\w-]+\.(svg|png)", str(attributes["href"]))
+            assert re.fullmatch(r"#[\w-]+|(results|curves)\.csv|figures/[\w-]+\.(svg|png)", str(attributes["href"]))
     text = written.page.read_text(encoding="utf-8")
     assert "default-src 'none'" in text
     css = (written.page.parent / "report.html").read_text(encoding="utf-8").split("<style>")[1].split("</style>")[0]
@@ -155,7 +167,7 @@ def test_figures_follow_the_schema_of_vega_lite() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_synthetic_results(Path(folder), specs=specs, sizes=(512, 2048), tokens_per_document=20)
         made = figures(analyse(load_results(folder)))
-    assert len(made) == 9
+    assert len(made) == 11
     for figure in made:
         for standalone in (True, False):
             specification = figure.specification(standalone=standalone)
@@ -171,7 +183,7 @@ def test_page_is_written_for_everyone(page: _Page) -> None:
     assert tags.count("table") == tags.count("caption")
     assert ("html", {"lang": "en"}) in page.tags
     plots = [a for _, a in page.tags if a.get("class") == "plot"]
-    assert len(plots) == 9
+    assert len(plots) == 11
     assert all(len(str(a["data-alternative"])) > 20 for a in plots)
     assert all(a.get("alt") for tag, a in page.tags if tag == "img")
     viewport = next(a for tag, a in page.tags if tag == "meta" and a.get("name") == "viewport")
@@ -246,7 +258,7 @@ def test_third_parties_get_marks_of_their_own() -> None:
 
 def test_stills_stand_in_where_scripts_do_not_run(page: _Page) -> None:
     stills = [str(a["src"]) for tag, a in page.tags if tag == "img"]
-    assert len(stills) == 9
+    assert len(stills) == 11
     assert base64.b64decode(stills[0].split(",")[1]).startswith(b"<svg")
 
 

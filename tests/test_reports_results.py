@@ -127,6 +127,8 @@ FAULTS: list[tuple[Callable[[Path], None], str, str]] = [
         "crossover.json",
         "delete",
     ),
+    (lambda f: _change(f / "curves.json", curves=[{"build": "x", "points": [{}]}]), "curves.json", "delete"),
+    (lambda f: _change(_cell(f, "exact", 512), noisy="very"), "exact-512", "true or false"),
     (lambda f: (f / "run.json").write_text("[]") and None, "run.json", "no JSON object"),
 ]
 
@@ -145,6 +147,36 @@ def test_mixed_settings_are_refused(folder: Path) -> None:
     _change(_cell(folder, "exact", 2048), settings="bbbb")
     with pytest.raises(ReportError, match="other settings"):
         load_results(folder)
+
+
+@pytest.mark.parametrize("name", ["crossover.json", "curves.json", "cell"])
+def test_what_another_machine_or_version_measured_is_refused_by_name(folder: Path, name: str) -> None:
+    path = _cell(folder, "exact", 512) if name == "cell" else folder / name
+    known = json.loads(path.read_text())["provenance"]
+    other = known | {"threads": 16, "libraries": known["libraries"] | {"torch": "9.9"}}
+    _change(path, provenance=other)
+    with pytest.raises(ReportError, match=r"threads 16 against 1; torch 9\.9 against 2\.13\.0") as caught:
+        load_results(folder)
+    assert path.name in str(caught.value)
+    assert "two runs are mixed" in str(caught.value)
+
+
+def test_results_of_an_earlier_version_are_read(folder: Path) -> None:
+    """Before there were percentiles, a reference operation, curves, and a word on where figures come from."""
+    new = ("search_ms_p50", "search_ms_p95", "search_ms_p99", "search_ms_cold", "search_first_ms", "searches")
+    new += ("append_ms_p50", "append_ms_p95", "append_ms_p99", "reference_ms", "noisy", "provenance")
+    for path in [*(folder / "cells").iterdir(), folder / "crossover.json"]:
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps({key: value for key, value in content.items() if key not in new}))
+    (folder / "curves.json").unlink()
+    run = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({key: run[key] for key in run if key not in ("code", "device")}))
+    files = write_report(folder)
+    assert files.curves_csv is None
+    assert load_results(folder).curves == ()
+    text = files.page.read_text(encoding="utf-8")
+    assert "Latency in full" not in text
+    assert 'id="pareto-recall"' in text, "of the sweep's points, as it was"
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
