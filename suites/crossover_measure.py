@@ -20,7 +20,7 @@ from recollect.memory_backends.spec import parse_spec
 from recollect.reports.crossing import SizedRatio, with_appends
 
 from .crossover_keys import KeySource
-from .curve_settings import Settings, settings_of
+from .curve_settings import Settings, open_axes, settings_of
 from .curves import CurveMeter, CurvePoint, exact_truth, scout
 from .noise import REFERENCE, describe_reference, interleave, ratio_interval
 
@@ -41,6 +41,8 @@ NEAR = 0.05
 
 CANDIDATES = 3
 """Options that are timed for each recall; which of them is quickest is decided on other rounds than the ratio's."""
+
+WARM_UP_KEYS = 1024
 
 LEAST_ROUNDS, ROUNDS = 10, 80
 
@@ -74,7 +76,7 @@ def measure_size(
 
     Args:
         source: of keys and queries.
-        spec: registry string; its search options are varied, the others kept.
+        spec: registry string; search options that it does not name are varied.
         size: C.
         memories: M.
         queries: numbers of queries of a step.
@@ -103,7 +105,7 @@ def measure_size(
     with make_backend(spec, **made) as backend, make_backend("exact", **made) as exact:
         append_us, exact_append_us = (_fill(one, keys) for one in (backend, exact))
         del keys
-        curve = _curve(backend, exact, asked, recalls, k)
+        curve = _curve(backend, exact, asked, recalls, k, spec)
         stats = backend.stats()
         rows = []
         for number in queries:
@@ -142,7 +144,7 @@ def _fill(backend: MemoryBackend, keys: Tensor) -> float:
 
 
 def _curve(
-    backend: MemoryBackend, exact: MemoryBackend, asked: Tensor, recalls: Sequence[float], k: int
+    backend: MemoryBackend, exact: MemoryBackend, asked: Tensor, recalls: Sequence[float], k: int, spec: str
 ) -> list[CurvePoint]:
     """Search options with their recall, refined around the wanted ones, by rising time of one step of `JUDGED`."""
     first, second = (asked[:, place * JUDGED : (place + 1) * JUDGED].to(backend.device) for place in range(2))
@@ -152,7 +154,7 @@ def _curve(
         backend,
         first,
         exact_truth(exact, first, k),
-        settings_of(type(backend).curve),
+        settings_of(open_axes(spec)),
         jump=1.0,  # the rest of the curve is not asked for
         targets=[("recall_at_k", recall) for recall in recalls],
         least=min(recalls) - NEAR,
@@ -250,3 +252,17 @@ def _median(times: Sequence[float]) -> float:
     ordered = sorted(times)
     middle = len(ordered) // 2
     return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+
+def warm_up(spec: str, dim: int, queries: int, k: int, device: str) -> None:
+    """Fills and searches throw-away memories of a spec and of exact search, so that compilers and thread pools have
+    started before time is taken."""
+    vectors = torch.randn(1, WARM_UP_KEYS, dim, generator=torch.Generator().manual_seed(0))
+    vectors = torch.nn.functional.normalize(vectors, dim=-1)
+    for one in (spec, "exact"):
+        # A part size in the spec may exceed a small memory; the ring need not be full.
+        capacity = max(WARM_UP_KEYS, int(parse_spec(one)[1].get("part_size", 0) or 0))
+        with make_backend(one, num_memories=1, capacity=capacity, dim=dim, device=device) as trial:
+            trial.add(vectors)
+            trial.wait()
+            trial.search(vectors[:, :queries], k)

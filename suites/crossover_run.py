@@ -22,7 +22,7 @@ import psutil
 import torch
 
 from recollect._version import __version__
-from recollect.memory_backends import canonical_spec, describe_backend, list_backends, make_backend
+from recollect.memory_backends import canonical_spec, describe_backend, list_backends
 from recollect.memory_backends.atomic import write_json
 from recollect.memory_backends.registry import backend_class
 from recollect.memory_backends.spec import parse_spec
@@ -32,7 +32,7 @@ from recollect.reports.crossing_results import FILE, SCHEMA, Case, answers, load
 from .cells import fingerprint
 from .crossover_keys import KeySource, open_keys
 from .crossover_ladder import Ladder, Question, Rung
-from .crossover_measure import filled, measure_size, queries_needed
+from .crossover_measure import filled, measure_size, queries_needed, warm_up
 from .crossover_options import CrossoverError, CrossoverOptions, CrossoverResult, checked
 from .environment import (
     backend_digest,
@@ -46,11 +46,12 @@ from .environment import (
 from .plan import read_json
 from .processes import Event, run_task
 from .progress import Reporter
+from .provenance import describe
 
 POINTS = "points"
 LOGS = "logs"
-INSTRUMENTS = ("degraded",)
-"""Backends that nobody would take: they are measured where they are named."""
+UNASKED = ("degraded", "rerank")
+"""An instrument, and a frame for other backends: they are measured where they are named."""
 
 STALL_SECONDS = 300.0
 """A size may take this much longer than what is left of an index's time before the index is given up."""
@@ -175,6 +176,7 @@ class _Run:
         options = self.options
         run = {
             "recollect_version": __version__,
+            "provenance": describe(threads=self.threads, device=options.device, seed=options.seed),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "machine": describe_machine(),
             "libraries": library_versions(),
@@ -238,14 +240,15 @@ def chosen_indexes(backends: tuple[str, ...]) -> tuple[list[str], dict[str, str]
         CrossoverError: there is none.
     """
     if backends:
-        found = list(dict.fromkeys(canonical_spec(spec) for spec in backends))
+        # As they were given: an option that is named is kept, even where it is the default.
+        found = list({canonical_spec(spec): spec.strip() for spec in backends}.values())
         for spec in found:
             backend_class(parse_spec(spec)[0]).check_available()
-        found = [spec for spec in found if spec != "exact"]
+        found = [spec for spec in found if canonical_spec(spec) != "exact"]
         if not found:
             raise CrossoverError("backends name exact search alone, which everything is measured beside: name an index")
         return found, {}
-    infos = [info for info in list_backends() if not info.capabilities.exact and info.name not in INSTRUMENTS]
+    infos = [info for info in list_backends() if not info.capabilities.exact and info.name not in UNASKED]
     found = [info.name for info in infos if info.available]
     if not found:
         commands = ", ".join(describe_backend(info.name).pip_command for info in infos)
@@ -312,7 +315,7 @@ def climb(task: Mapping[str, Any], tell: Tell) -> None:
             if not warm:
                 warm = True
                 tell("start", what=f"{index}: warming up")
-                _warm_up(index, dim, options)
+                warm_up(index, dim, min(options.queries), options.k, options.device)
             tell("start", what=f"{index}, {wanted.memories} memories of {wanted.size:,} keys")
             try:
                 point = measure_size(
@@ -372,18 +375,6 @@ def known_points(folder: Path, index: str, mark: str) -> dict[int, dict[str, Any
         if isinstance(point, dict) and point.get("fingerprint") == mark:
             found[int(point["size"])] = point
     return found
-
-
-def _warm_up(index: str, dim: int, options: CrossoverOptions) -> None:
-    """Fills and searches a throw-away memory, so that compilers and thread pools have started before time is taken."""
-    vectors = torch.nn.functional.normalize(
-        torch.randn(1, 1024, dim, generator=torch.Generator().manual_seed(0)), dim=-1
-    )
-    for spec in (index, "exact"):
-        with make_backend(spec, num_memories=1, capacity=1024, dim=dim, device=options.device) as trial:
-            trial.add(vectors)
-            trial.wait()
-            trial.search(vectors[:, : min(options.queries)], options.k)
 
 
 __all__ = ["CrossoverError", "CrossoverOptions", "CrossoverResult", "climb", "crossover"]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from recollect.memory_backends import InvalidSpec, canonical_spec
+from recollect.memory_backends.registry import backend_class
+from recollect.memory_backends.spec import format_spec, parse_spec
 
 Settings = dict[str, Any]
 """Search options by name."""
@@ -22,6 +27,27 @@ COMPLETE = 0.9995
 def settings_of(axes: Axes) -> list[Settings]:
     """Every combination, the first option varying slowest; one empty setting where there is no option."""
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def open_axes(spec: str) -> Axes:
+    """The search options that a spec does not name, with the values that its backend declares to try."""
+    name, given = parse_spec(spec)
+    return {option: values for option, values in backend_class(name).curve.items() if option not in given}
+
+
+def open_builds(spec: str) -> list[str]:
+    """Specs of every build that a spec leaves open, as its backend declares them; its own values come first.
+
+    A combination that the backend refuses is left out, unless it is the spec itself.
+    """
+    name, given = parse_spec(spec)
+    axes = {option: values for option, values in backend_class(name).builds.items() if option not in given}
+    found = {canonical_spec(spec): format_spec(name, given)}
+    for setting in settings_of(axes):
+        build = format_spec(name, {**given, **setting})
+        with contextlib.suppress(InvalidSpec):
+            found.setdefault(canonical_spec(build), build)
+    return list(found.values())
 
 
 def between(low: Any, high: Any) -> Any:

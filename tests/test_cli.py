@@ -32,6 +32,7 @@ VERBS = [
     "inspect",
     "compare",
     "crossover",
+    "tune",
     "ablate",
     "report",
     "trace",

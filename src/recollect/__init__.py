@@ -209,9 +209,25 @@ if TYPE_CHECKING:
     from recollect.suites.comparison import (
         compare,
     )
+    from recollect.suites.crossover_options import (
+        CrossoverError,
+        CrossoverOptions,
+        CrossoverResult,
+    )
+    from recollect.suites.crossover_run import (
+        crossover,
+    )
     from recollect.suites.options import (
         CompareOptions,
         CompareResult,
+    )
+    from recollect.suites.tuning_options import (
+        TuneError,
+        TuneOptions,
+        TuneResult,
+    )
+    from recollect.suites.tuning_run import (
+        tune,
     )
 
 # Where each public name comes from; a test holds that this and the imports above agree.
@@ -264,7 +280,11 @@ _PUBLIC: dict[str, str] = {
     "recollect.suites.ablation.options": "AblateError AblateOptions AblateResult",
     "recollect.suites.ablation.runner": "ablate",
     "recollect.suites.comparison": "compare",
+    "recollect.suites.crossover_options": "CrossoverError CrossoverOptions CrossoverResult",
+    "recollect.suites.crossover_run": "crossover",
     "recollect.suites.options": "CompareOptions CompareResult",
+    "recollect.suites.tuning_options": "TuneError TuneOptions TuneResult",
+    "recollect.suites.tuning_run": "tune",
 }
 _ROOM_OF = {name: room for room, names in _PUBLIC.items() for name in names.split()}
 

@@ -18,6 +18,7 @@ _ROOTS = (
     ("recollect.suites.cells", "CellError"),
     ("recollect.suites.comparison", "CompareError"),
     ("recollect.suites.crossover_options", "CrossoverError"),
+    ("recollect.suites.tuning_options", "TuneError"),
     ("recollect.suites.ablation.options", "AblateError"),
     ("recollect.suites.provenance", "MixedResults"),
     ("recollect.reports.errors", "ReportError"),

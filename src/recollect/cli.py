@@ -27,6 +27,7 @@ from recollect.commands.report import report
 from recollect.commands.runbook import runbook
 from recollect.commands.trace import trace
 from recollect.commands.train import train
+from recollect.commands.tune import tune
 
 app = typer.Typer(
     name="recollect",
@@ -46,6 +47,7 @@ VERBS = (
     inspect,
     compare,
     crossover,
+    tune,
     ablate,
     report,
     trace,
