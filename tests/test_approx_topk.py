@@ -7,11 +7,13 @@ import math
 import pytest
 import torch
 
-from recollect.memory_backends import InvalidInput, InvalidSpec, canonical_spec, make_backend
+from recollect.memory_backends import InvalidInput, InvalidSpec, canonical_spec, cpu_search, make_backend
 from recollect.memory_backends.implementations.approx_topk import (
     LANES,
     buckets_for,
     expected_recall,
+    first_of_buckets,
+    neighbours_for,
     select_by_buckets,
 )
 
@@ -102,3 +104,35 @@ def test_bad_options() -> None:
     backend.add(torch.randn(1, 100, 4))
     with pytest.raises(InvalidInput, match=r"k is 9.*buckets=8"):
         backend.search(torch.randn(1, 2, 4), 9)
+
+
+@pytest.mark.parametrize(("buckets", "k"), [(64, 20), (640, 32), (128, 32), (3000, 100)])
+def test_bucket_maxima_out_of_the_best_keys(buckets: int, k: int) -> None:
+    scores = torch.randn(50, 3000)
+    best = scores.topk(neighbours_for(k, buckets))
+    found = first_of_buckets(best.values, best.indices, k, buckets=buckets)
+    assert found is not None
+    expected = select_by_buckets(scores, k, buckets=buckets)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+def test_best_keys_of_too_few_buckets_are_told() -> None:
+    slots = torch.tensor([[0, 1, 2, 3, 4], [0, 4, 8, 1, 5]])
+    assert first_of_buckets(torch.zeros(2, 5), slots, 2, buckets=4) is not None
+    assert first_of_buckets(torch.zeros(2, 5), slots, 3, buckets=4) is None
+
+
+@pytest.mark.parametrize("periodic", [False, True])
+def test_a_large_memory_answers_as_its_definition(monkeypatch: pytest.MonkeyPatch, periodic: bool) -> None:
+    backend = make_backend("approx-topk:buckets=512", num_memories=2, capacity=9000, dim=16)
+    stored, queries = torch.randn(2, 9000, 16), torch.randn(2, 64, 16)
+    if periodic:
+        # All the best keys of a query share a bucket, so that more neighbours are no help.
+        stored[:, 3::512] *= 20
+    backend.add(stored)
+    found = backend.search(queries, 24)
+    monkeypatch.setattr(cpu_search, "worth", lambda *_: False)
+    plain = backend.search(queries, 24)
+    torch.testing.assert_close(found.scores, plain.scores, rtol=1e-5, atol=1e-4)
+    assert (found.slots == plain.slots).float().mean() > 0.999

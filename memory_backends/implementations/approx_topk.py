@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from recollect.memory_backends import cpu_search
 from recollect.memory_backends.base import Capabilities, MemoryBackend
 from recollect.memory_backends.block_topk import select_top
 from recollect.memory_backends.errors import InvalidInput, InvalidSpec, UnsupportedOperation
@@ -34,6 +35,9 @@ from recollect.memory_backends.triton_keys import LANES as GPU_LANES
 from recollect.memory_backends.triton_keys import FirstPass
 from recollect.memory_backends.triton_search import OLDEST_CARD, FusedSearch
 from recollect.memory_backends.triton_topk import FEWEST_KEYS, MOST_BLOCKS, MOST_KEYS, OVERSAMPLED, Shape, power_of_two
+
+MOST_FETCHED = 2
+"""Times k: neighbours fetched to find k in different buckets. Where it takes more, buckets are few."""
 
 LANES = 128
 """Width of a TPU's vector: L is a multiple of it, and so few keys are searched exactly."""
@@ -92,6 +96,26 @@ def select_by_buckets(scores: Tensor, k: int, *, buckets: int) -> tuple[Tensor, 
     member_scores.masked_fill_(members >= n, -torch.inf)
     which = member_scores.argmax(-2, keepdim=True)
     return best, members.gather(-2, which).squeeze(-2)
+
+
+def neighbours_for(k: int, buckets: int) -> int:
+    """How many of the best keys all but surely lie in k buckets of L: k, those expected to share one, and a margin."""
+    shared = k * k / buckets
+    return math.ceil(k + shared + 4 * math.sqrt(shared) + 4)
+
+
+def first_of_buckets(scores: Tensor, slots: Tensor, k: int, *, buckets: int) -> tuple[Tensor, Tensor] | None:
+    """The k highest bucket maxima, from the best keys (..., n), falling; None where some lie in fewer than k buckets.
+
+    The first of a bucket in a falling order is its maximum, and whatever is not in the list is lower than all of it.
+    """
+    bucket, order = (slots % buckets).sort(dim=-1, stable=True)
+    later = torch.zeros_like(slots, dtype=torch.bool)
+    later.scatter_(-1, order[..., 1:], bucket[..., 1:] == bucket[..., :-1])
+    if bool(((~later).sum(-1) < k).any()):
+        return None
+    first = later.to(torch.uint8).argsort(dim=-1, stable=True)[..., :k]
+    return scores.gather(-1, first), slots.gather(-1, first)
 
 
 @dataclass(frozen=True)
@@ -163,8 +187,28 @@ class ApproxTopK(MemoryBackend):
             shape = _fused_shape(shortest, max(lengths), k, self._buckets(k, shortest))
             if shape is not None:
                 return self.fused.search(queries, k, memories, lengths, shape=shape, open_blocks=False)
+        found = self._from_exact(queries, k, memories, lengths)
+        if found is not None:
+            return found
         select = partial(_select, options=self.options)
         return search_ring(self.ring, queries, k, memories, lengths, self.metric, select=select)
+
+    def _from_exact(
+        self, queries: Tensor, k: int, memories: Tensor, lengths: list[int]
+    ) -> tuple[Tensor, Tensor] | None:
+        """The same answer out of somewhat more than k exact neighbours, where a fused pass finds those sooner than
+        the scores of all keys are written; None elsewhere."""
+        keys = lengths[0]
+        if self.device.type != "cpu" or self.metric == "l2" or self.ring.storage != "float32":
+            return None
+        if any(length != keys for length in lengths) or k > keys:
+            return None
+        buckets = self._buckets(k, keys)
+        fetch = k if buckets >= keys else neighbours_for(k, buckets)
+        if fetch > MOST_FETCHED * k or not cpu_search.worth(queries.shape[1], keys, self.dim, fetch):
+            return None
+        scores, slots = search_ring(self.ring, queries, fetch, memories, lengths, self.metric)
+        return (scores, slots) if buckets >= keys else first_of_buckets(scores, slots, k, buckets=buckets)
 
     def _reset(self, memories: Tensor) -> None:
         if self.fused is not None:
