@@ -3,7 +3,8 @@
 Letters as in `base`: M' memories searched, Q queries, D dimension, K neighbours, C capacity; n keys alive.
 
 Keys that are stored as float32 are searched where they lie. Others are decoded a chunk at a time, so that no float32
-copy of a whole memory is ever made; what is exact then is the search among the decoded keys.
+copy of a whole memory is ever made; what is exact then is the search among the decoded keys. Where whole keys lie in a
+file beside int8 codes, the codes find and the whole keys decide (`coded_search`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from recollect.memory_backends import cpu_search
 from recollect.memory_backends.block_topk import KEPT_SCORES, QUERY_BATCH, Select, search_by_score
+from recollect.memory_backends.coded_search import search_codes
 from recollect.memory_backends.key_ring import KeyRing
 
 DECODED_FLOATS = 1 << 22
@@ -52,7 +54,9 @@ def search_ring(
     which = memories.tolist() if isinstance(memories, Tensor) else [int(memory) for memory in memories]
     alive = lengths.tolist() if isinstance(lengths, Tensor) else [int(length) for length in lengths]
     plain = "l2" if metric == "l2" else "inner_product"
-    if getattr(ring, "storage", "float32") == "float32":
+    # Of keys in a file no more is mapped at a time than a chunk.
+    in_file = bool(getattr(ring, "mapped_key_bytes", 0))
+    if getattr(ring, "storage", "float32") == "float32" and not in_file:
         if select is None and plain == "inner_product" and queries.device.type == "cpu":
             found = cpu_search.search_by_score(queries, ring.keys, alive, k, memories=which, start=first)
         else:
@@ -67,6 +71,10 @@ def search_ring(
     slots = torch.full(shape, -1, dtype=torch.int64, device=queries.device)
     for row, (memory, length) in enumerate(zip(which, alive, strict=True)):
         if not length or not queries.shape[1]:
+            continue
+        if select is None and getattr(ring, "whole", None) is not None:
+            found_in_codes = search_codes(ring, queries[row], min(k, length), memory, first, first + length, plain)
+            scores[row, :, : min(k, length)], slots[row, :, : min(k, length)] = found_in_codes
             continue
         one = _search_decoded if select is None else _select_decoded
         best, where = one(ring, queries[row], k, memory, first, first + length, plain, select)
