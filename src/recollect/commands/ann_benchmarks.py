@@ -60,11 +60,9 @@ def ann_benchmarks(
     """Runs indexes on data sets of ann-benchmarks or VIBE: recall and queries per second, as those suites count them.
 
     Each index is built once and searched along the curve of its search options. `recall` is as ann-benchmarks and VIBE
-    define it (distances up to 0.001 beyond the k-th neighbour's count); `strict`, shown where it
-    differs, has no such margin. `queries/s` is of
-    batches, `p50 ms` and `p99 ms` are of queries alone. Results are results.csv, results.json and, in ann-benchmarks'
-    own layout, results/. Interrupt it at any time: the same command
-    goes on where it stopped.
+    define it (distances up to 0.001 beyond the k-th neighbour's count); `strict`, shown where it differs, has no such
+    margin. `queries/s` is of batches, `p50 ms` and `p99 ms` are of queries alone. Results are results.csv, results.json
+    and, in ann-benchmarks' own layout, results/. Interrupt it at any time: the same command goes on where it stopped.
 
     **Examples**
 
