@@ -270,20 +270,32 @@ def _score_candidates(queries: Tensor, keys: Tensor, candidates: Tensor, k: int)
 
 
 def _search_l2(queries: Tensor, keys: Tensor, k: int, select: Select | None) -> tuple[Tensor, Tensor]:
-    """By the squared distance: |q - x|^2 = |q|^2 - (2 q.x - |x|^2), where |q|^2 is the same for all x.
+    """By the squared distance, ranked by inner products; see `ranked_by_product`."""
+    _, slots = _search_inner(*ranked_by_product(queries, keys), k, select)
+    return by_distance(queries, keys, slots)
 
-    Around the mean of the keys rather than the origin, since the two terms cancel badly for keys that lie far from the
-    origin and near each other. The inner product [2q, -1].[x, |x|^2] ranks; the winners' distances are then taken
-    from the differences themselves, so that a key's distance to itself is zero.
+
+def ranked_by_product(queries: Tensor, keys: Tensor, copies: int = 1) -> tuple[Tensor, Tensor]:
+    """Queries (G, Q, D + copies) and keys (G, n, D + copies) whose inner products fall as the distances rise.
+
+    |q - x|^2 = |q|^2 - (2 q.x - |x|^2), where |q|^2 is the same for all x: the inner product [2q, -1].[x, |x|^2] ranks,
+    also if |x|^2 is spread over several components. Around the mean of the keys rather than the origin, since the two
+    terms cancel badly for keys that lie far from the origin and near each other.
     """
     centre = keys.mean(1, keepdim=True)
     centred = keys - centre
-    ranked_keys = torch.cat((centred, centred.square().sum(-1, keepdim=True)), -1)
-    minus_one = queries.new_full((*queries.shape[:2], 1), -1.0)
-    ranked_queries = torch.cat(((queries - centre) * 2, minus_one), -1)
-    _, slots = _search_inner(ranked_queries, ranked_keys, k, select)
+    squares = (centred.square().sum(-1, keepdim=True) / copies).expand(-1, -1, copies)
+    minus_one = queries.new_full((*queries.shape[:2], copies), -1.0)
+    return torch.cat(((queries - centre) * 2, minus_one), -1), torch.cat((centred, squares), -1)
+
+
+def by_distance(queries: Tensor, keys: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Minus the squared distances (G, Q, k) of the keys at slots (G, Q, k), falling, and those slots in that order.
+
+    From the differences themselves, so that a key's distance to itself is zero.
+    """
     scores = torch.empty(slots.shape, device=queries.device)
-    step = max(1, _kept_scores(queries.device) // (k * keys.shape[2]))
+    step = max(1, _kept_scores(queries.device) // (slots.shape[2] * keys.shape[2]))
     for group in range(len(queries)):
         for start in range(0, queries.shape[1], step):
             found = slots[group, start : start + step]

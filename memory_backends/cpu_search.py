@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recollect.memory_backends.block_topk import by_distance, ranked_by_product
 from recollect.memory_backends.block_topk import search_by_score as reference
 from recollect.memory_backends.threads import library_threads, run_all
 
@@ -42,6 +43,13 @@ WIDEST = 1024
 
 QUERIES_AT_ONCE = 1024
 """Queries that one pass over the keys serves; their lists take some 10 MiB."""
+
+LIST_ENTRIES = 1 << 21
+"""The same as entries of their lists, which are longer for a larger k: 16 MiB."""
+
+SQUARES = 16
+"""Components over which a key's squared length is spread where distances are wanted: one would need more than 8 bits,
+and a whole vector of them costs no more than one."""
 
 CENTRE_SAMPLE = 256
 """Keys from whose mean the others are measured. Any point will do; a common mean makes for coarse codes."""
@@ -112,9 +120,16 @@ def worth(queries: int, keys: int, dim: int, k: int) -> bool:
 
 
 def search_by_score(
-    queries: Tensor, keys: Tensor, lengths: Sequence[int], k: int, *, memories: Sequence[int], start: int = 0
+    queries: Tensor,
+    keys: Tensor,
+    lengths: Sequence[int],
+    k: int,
+    *,
+    memories: Sequence[int],
+    metric: str = "inner_product",
+    start: int = 0,
 ) -> tuple[Tensor, Tensor] | None:
-    """What `block_topk.search_by_score` answers by inner product, in one fused pass where that is faster.
+    """What `block_topk.search_by_score` answers, in one fused pass where that is faster.
 
     Args:
         queries: (M', Q, D) float32.
@@ -122,30 +137,45 @@ def search_by_score(
         lengths: M' numbers of keys searched, from slot `start` on.
         k: at least 1.
         memories: M' rows of `keys`.
+        metric: "inner_product", or "l2" for minus the squared Euclidean distance.
 
     Returns:
         Scores (M', Q, k) and slots (M', Q, k), counted from `start`; None where no memory is worth it.
     """
-    fused = [row for row, length in enumerate(lengths) if worth(queries.shape[1], length, queries.shape[2], k)]
+    dim = queries.shape[2] + (SQUARES if metric == "l2" else 0)
+    fused = [row for row, length in enumerate(lengths) if worth(queries.shape[1], length, dim, k)]
     if not fused:
         return None
     rest = [row for row in range(len(lengths)) if row not in set(fused)]
     runs = [keys[memories[row], start : start + lengths[row]] for row in fused]
-    found = search(queries if not rest else queries[fused], runs, k)
+    one = _search_distances if metric == "l2" else search
+    found = one(queries if not rest else queries[fused], runs, k)
     for row, left in enumerate(found[2]):
         if bool(left.any()):
             asked = queries[fused[row]][left]
-            again = reference(asked[None], runs[row][None], [len(runs[row])], k)
+            again = reference(asked[None], runs[row][None], [len(runs[row])], k, metric=metric)
             found[0][row, left], found[1][row, left] = again[0][0], again[1][0]
     if not rest:
         return found[:2]
     scores = queries.new_empty(*queries.shape[:2], k)
     slots = torch.empty(scores.shape, dtype=torch.int64)
     scores[fused], slots[fused] = found[:2]
+    others = [lengths[row] for row in rest]
     scores[rest], slots[rest] = reference(
-        queries[rest], keys[:, start:], [lengths[row] for row in rest], k, memories=[memories[row] for row in rest]
+        queries[rest], keys[:, start:], others, k, memories=[memories[row] for row in rest], metric=metric
     )
     return scores, slots
+
+
+def _search_distances(queries: Tensor, memories: list[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`search` by minus the squared distance, of one memory at a time, since its keys are copied."""
+    found = []
+    for asked, keys in zip(queries, memories, strict=True):
+        ranked, ranked_keys = ranked_by_product(asked[None], keys[None], SQUARES)
+        _, slots, left = search(ranked, [ranked_keys[0]], k)
+        found.append((*by_distance(asked[None], keys[None], slots.masked_fill_(left[..., None], 0)), left))
+    scores, slots, left = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return scores, slots, left
 
 
 def search(queries: Tensor, memories: list[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,9 +196,10 @@ def search(queries: Tensor, memories: list[Tensor], k: int) -> tuple[Tensor, Ten
     threads = library_threads()
     together = len(memories) >= 2 * threads or len(memories) % threads == 0
     tasks = []
+    at_once = min(QUERIES_AT_ONCE, LIST_ENTRIES // _list_room(k))
     for row, keys in enumerate(memories):
-        for start in range(0, shape[1], QUERIES_AT_ONCE):
-            part = slice(start, start + QUERIES_AT_ONCE)
+        for start in range(0, shape[1], at_once):
+            part = slice(start, start + at_once)
             asked = queries[row, part].detach().contiguous().numpy()
             parts = 1 if together else threads
             tasks.append(functools.partial(_search_one, asked, keys.numpy(), best[row, part], failed[row, part], parts))
@@ -245,9 +276,14 @@ def _centre_and_weights(queries: Any, sample: Any, widest: float) -> tuple[Any, 
     return centre.astype(np.float32), powers.clip(1 / widest, widest).astype(np.float32)
 
 
+def _list_room(k: int) -> int:
+    """Entries of a query's list: what a first sample of keys and a wide margin need, and a tile more."""
+    return max(1024, 16 * k) + 128
+
+
 def _lists(queries: int, k: int, part: int) -> tuple[Any, Any, Any]:
     """Empty counts, and room for lower bounds and slots that the calling thread keeps from one search to the next."""
-    room = max(1024, 16 * k) + 128
+    room = _list_room(k)
     kept = getattr(_rooms, "lists", None)
     if kept is None:
         kept = _rooms.lists = {}

@@ -57,8 +57,8 @@ def search_ring(
     # Of keys in a file no more is mapped at a time than a chunk.
     in_file = bool(getattr(ring, "mapped_key_bytes", 0))
     if getattr(ring, "storage", "float32") == "float32" and not in_file:
-        if select is None and plain == "inner_product" and queries.device.type == "cpu":
-            found = cpu_search.search_by_score(queries, ring.keys, alive, k, memories=which, start=first)
+        if select is None and queries.device.type == "cpu":
+            found = cpu_search.search_by_score(queries, ring.keys, alive, k, memories=which, metric=plain, start=first)
         else:
             found = None
         keys = ring.keys[:, first:] if first else ring.keys
@@ -88,13 +88,14 @@ def _search_decoded(
 ) -> tuple[Tensor, Tensor]:
     """Queries (Q, D) against slots start to stop - 1, decoded a chunk at a time: the k best of each, merged."""
     chunk = max(1024, DECODED_FLOATS // queries.shape[1])
+    on_cpu = queries.device.type == "cpu"
     best: Tensor | None = None
     where: Tensor | None = None
     for begin in range(start, stop, chunk):
         end = min(stop, begin + chunk)
-        found, places = search_by_score(
-            queries[None], ring.chunk(memory, begin, end)[None], [end - begin], min(k, end - begin), metric=metric
-        )
+        asked = queries[None], ring.chunk(memory, begin, end)[None], [end - begin], min(k, end - begin)
+        fused = cpu_search.search_by_score(*asked, memories=[0], metric=metric) if on_cpu else None
+        found, places = fused or search_by_score(*asked, metric=metric)
         found, places = found[0], places[0] + begin
         if best is not None and where is not None:
             found, places = torch.cat((best, found), 1), torch.cat((where, places), 1)

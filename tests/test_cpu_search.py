@@ -171,6 +171,41 @@ def test_ragged_memories_and_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @fused
+@pytest.mark.parametrize("kind", ["random", "clustered", "far from the origin", "lengths", "repeated", "a zero query"])
+def test_distances(kind: str) -> None:
+    queries, keys = data(kind, 5000, 40, queries=60)
+    queries[7] = keys[123]
+    found = cpu_search.search_by_score(queries[None], keys[None], [5000], 9, memories=[0], metric="l2")
+    assert found is not None
+    expected = reference(queries[None], keys[None], [5000], 9, metric="l2")[0]
+    torch.testing.assert_close(found[0], expected, rtol=1e-3 if kind == "repeated" else 1e-5, atol=1e-4)
+    true = -(queries[:, None].double() - keys[found[1][0]].double()).square().sum(-1)
+    torch.testing.assert_close(found[0][0].double(), true, rtol=1e-5, atol=1e-4)
+    assert found[0][0, 7, 0] == 0
+    # The first pass must do most of them, or nothing was tested.
+    left = cpu_search._search_distances(queries[None], [keys], 9)[2]
+    assert left.float().mean() < (1.1 if kind in HARD else 0.1)
+
+
+@fused
+@pytest.mark.parametrize("storage", ["bfloat16", "int8"])
+@pytest.mark.parametrize("metric", ["inner_product", "cosine", "l2"])
+def test_keys_of_other_types_are_searched_by_it_too(monkeypatch: pytest.MonkeyPatch, storage: str, metric: str) -> None:
+    searched = []
+    plain = cpu_search.search
+    monkeypatch.setattr(cpu_search, "search", lambda *asked: searched.append(asked) or plain(*asked))
+    backend = make_backend(f"exact:storage={storage}", num_memories=2, capacity=5000, dim=24, metric=metric)
+    backend.add(torch.randn(2, 5000, 24))
+    queries = torch.randn(2, 80, 24)
+    found = backend.search(queries, 9)
+    assert searched
+    monkeypatch.setattr(cpu_search, "worth", lambda *_: False)
+    expected = backend.search(queries, 9)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-5, atol=1e-4)
+    assert (found.slots == expected.slots).float().mean() > 0.999
+
+
+@fused
 def test_of_equal_keys_the_lowest_slots() -> None:
     keys = torch.randn(40, 32).repeat(20, 1)
     _, slots, left = cpu_search.search(torch.randn(1, 30, 32), [keys], 50)

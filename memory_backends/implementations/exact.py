@@ -34,7 +34,9 @@ class Exact(MemoryBackend):
     @property
     def kernel(self) -> str:
         """What searches large memories, in words; figures should say it."""
-        if self.device.type == "cpu" and self.metric != "l2" and self.ring.storage == "float32":
+        if self.ring.whole is not None:
+            return "int8 codes in torch, rescored from whole keys"
+        if self.device.type == "cpu":
             return cpu_search.describe()
         if self.fused is not None:
             return "fused first pass (Triton), rescored in float32"
