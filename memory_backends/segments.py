@@ -126,6 +126,8 @@ class SegmentedBackend(MemoryBackend):
         """Runs that could not be built, and are not tried again."""
         self.jobs: list[dict[Run, Job[Any]]] = [{} for _ in range(self.num_memories)]
         """What is built in the background for each memory, or is built and not taken in yet."""
+        self._ending: list[Job[Any]] = []
+        """What was abandoned while it ran, and may still read the ring."""
         self._quiet_until: list[int] = [0] * self.num_memories
         """Below this number of keys nothing is sealed, taken in or dropped."""
         self._settling = ReadersWriterLock()
@@ -202,10 +204,9 @@ class SegmentedBackend(MemoryBackend):
             self._bring_up(list(range(self.num_memories)), settle=True)
 
     def _close(self) -> None:
-        jobs = [job for jobs in self.jobs for job in jobs.values()]
         for memory in range(self.num_memories):
             self._forget_jobs(memory)
-        for job in jobs:
+        for job in self._ending:
             job.join()
         self.parts = [()] * self.num_memories
 
@@ -256,7 +257,7 @@ class SegmentedBackend(MemoryBackend):
             self.settled[memory] = settled[memory]
             self._quiet_until[memory] = self.policy.next_change(totals[memory])
             for run in [run for run in self.jobs[memory] if run not in begun[memory]]:
-                self.jobs[memory].pop(run).abandon()  # taken in, or wanted no more
+                self._abandon(self.jobs[memory].pop(run))  # taken in, or wanted no more
 
     def _obtain(self, wanted: list[tuple[int, Run]]) -> list[Any]:
         """The indexes over these runs: those that were begun in the background, the others built now."""
@@ -307,8 +308,12 @@ class SegmentedBackend(MemoryBackend):
 
     def _forget_jobs(self, memory: int) -> None:
         for job in self.jobs[memory].values():
-            job.abandon()
+            self._abandon(job)
         self.jobs[memory] = {}
+
+    def _abandon(self, job: Job[Any]) -> None:
+        job.abandon()
+        self._ending = [job for job in (*self._ending, job) if job.pending]
 
     # Searching --------------------------------------------------------------------------------------------------------
 

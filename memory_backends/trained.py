@@ -120,6 +120,8 @@ class TrainedBackend(MemoryBackend):
         """After training has failed: the total at which it is tried again."""
         self.learning: list[Learning | None] = [None] * self.num_memories
         """What is to replace the index of each memory."""
+        self._ending: list[Job[Any]] = []
+        """What was given up while it ran, and may still read the ring."""
         self._updating = False
         """Whether an append has begun to change indexes."""
         self._settling = ReadersWriterLock()
@@ -240,10 +242,10 @@ class TrainedBackend(MemoryBackend):
                 self._catch_up(memory, index, self.capacity)
 
     def _close(self) -> None:
-        for memory, learning in enumerate(self.learning):
+        for memory in range(self.num_memories):
             self._give_up(memory)
-            if learning is not None:
-                learning.job.join()
+        for job in self._ending:
+            job.join()
         self.indexes = [None] * self.num_memories
 
     def _search(self, queries: Tensor, k: int, memories: Tensor) -> tuple[Tensor, Tensor]:
@@ -392,6 +394,7 @@ class TrainedBackend(MemoryBackend):
         learning = self.learning[memory]
         if learning is not None:
             learning.job.abandon()
+            self._ending = [job for job in (*self._ending, learning.job) if job.pending]
         self.learning[memory] = None
 
     def _training(self, memory: int, unstable: int) -> Callable[[], Any]:
