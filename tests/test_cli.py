@@ -35,6 +35,7 @@ VERBS = [
     "tune",
     "ablate",
     "report",
+    "plan",
     "trace",
     "ann-benchmarks",
     "runbook",

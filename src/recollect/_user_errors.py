@@ -20,6 +20,7 @@ _ROOTS = (
     ("recollect.suites.crossover_options", "CrossoverError"),
     ("recollect.suites.tuning_options", "TuneError"),
     ("recollect.suites.ablation.options", "AblateError"),
+    ("recollect.suites.planning.amounts", "PlanError"),
     ("recollect.suites.provenance", "MixedResults"),
     ("recollect.reports.errors", "ReportError"),
 )

@@ -23,6 +23,7 @@ from recollect.commands.evaluate import evaluate
 from recollect.commands.generate import generate
 from recollect.commands.inspect import inspect
 from recollect.commands.memorize import memorize
+from recollect.commands.plan import plan
 from recollect.commands.report import report
 from recollect.commands.runbook import runbook
 from recollect.commands.trace import trace
@@ -50,6 +51,7 @@ VERBS = (
     tune,
     ablate,
     report,
+    plan,
     trace,
     ann_benchmarks,
     runbook,
