@@ -33,9 +33,9 @@ PAGE, TABLE = "crossover.html", "crossover.csv"
 
 METHOD = (
     "Each index holds the same keys as exact search beside it, in full memories that were appended to for another "
-    "three eighths of their capacity: indexes that are made of parts are then met with one part half overwritten, as "
-    "they nearly always are. Recall is the share of the true k nearest keys that were found, judged by score, on "
-    "queries that come after every key and that had no part in choosing the search options.",
+    "three eighths of their capacity: indexes that are made of parts are then met with their newest keys not sealed "
+    "yet and the oldest part half overwritten, as they nearly always are. Recall is the share of the true "
+    "k nearest keys that were found, judged by score, on queries that come after every key and that had no part in choosing the search options.",
     "Times are taken in rounds: in each, exact search, the candidate options and a fixed matrix product are timed "
     "once, in another order each time. A ratio is the median over rounds of the index's time over exact search's in "
     "the same round, with the 95 % bootstrap interval of that median. Where several options were timed, other rounds "

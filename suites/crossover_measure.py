@@ -1,7 +1,8 @@
 """One index beside exact search at one memory size: recall of its search options, and times taken in turns.
 
-The memories are measured as a stream leaves them: full, and three eighths of a turnover further, so that an index made
-of parts is met with one of them half overwritten, as it is nearly always, and not at the one moment when all are whole.
+The memories are measured as a stream leaves them: full, and three eighths of a turnover further. An index made of
+parts is then met with its newest keys not sealed yet and its oldest part half overwritten, as it is nearly always, and
+not at the one moment when all parts are whole.
 
 Letters: M memories, N keys, Q queries of a step, D dimension, K neighbours.
 """

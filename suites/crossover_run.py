@@ -50,8 +50,8 @@ from .provenance import describe
 
 POINTS = "points"
 LOGS = "logs"
-UNASKED = ("degraded", "rerank")
-"""An instrument, and a frame for other backends: they are measured where they are named."""
+UNASKED = ("degraded",)
+"""An instrument, which nobody would take: it is measured where it is named."""
 
 STALL_SECONDS = 300.0
 """A size may take this much longer than what is left of an index's time before the index is given up."""
