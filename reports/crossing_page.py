@@ -34,16 +34,17 @@ PAGE, TABLE = "crossover.html", "crossover.csv"
 METHOD = (
     "Each index holds the same keys as exact search beside it, in full memories that were appended to for another "
     "three eighths of their capacity: indexes that are made of parts are then met with their newest keys not sealed "
-    "yet and the oldest part half overwritten, as they nearly always are. Recall is the share of the true "
-    "k nearest keys that were found, judged by score, on queries that come after every key and that had no part in choosing the search options.",
+    "yet and the oldest part half overwritten, as they nearly always are. Recall is the share of the true k nearest "
+    "keys that were found, judged by score, on queries that come after every key and that had no part in choosing the "
+    "search options.",
     "Times are taken in rounds: in each, exact search, the candidate options and a fixed matrix product are timed "
     "once, in another order each time. A ratio is the median over rounds of the index's time over exact search's in "
     "the same round, with the 95 % bootstrap interval of that median. Where several options were timed, other rounds "
     "decide which is the quickest than those that give its ratio.",
-    "'Appends counted' adds to both sides what appending a step's keys takes, one key for each query, as measured over "
-    "filling the memory, with all building done.",
-    "Between measured sizes a crossing is interpolated on logarithmic axes; beyond the largest nothing is claimed. Its "
-    "interval is where the ends of the ratios' intervals cross.",
+    "'Appends counted' adds to both sides what appending a step's keys takes, one key for each query, as measured "
+    "over filling the memory, with all building done.",
+    "Between measured sizes a crossing is interpolated on logarithmic axes; beyond the largest nothing is claimed. "
+    "Its interval is where the ends of the ratios' intervals cross.",
 )
 
 
@@ -106,12 +107,10 @@ def _lines(results: CrossoverResults, case: Case | None) -> list[Line]:
     for index in results.indexes:
         points = results.points_of(index)
         backend = str(points[0]["backend"])
-        ratios = [
-            ratio
-            for point in (points if case is not None else [])
-            if case is not None
-            and (ratio := sized_ratio(point["size"], row_of(point, case), appends=case.appends)) is not None
-        ]
+        rows = [] if case is None else [(int(point["size"]), row_of(point, case)) for point in points]
+        counted = case is not None and case.appends
+        found = [sized_ratio(size, row, appends=counted) for size, row in rows if row is not None]
+        ratios = [ratio for ratio in found if ratio is not None]
         lines.append(Line(index, backend, tuple(ratios), seen.get(backend, 0)))
         seen[backend] = seen.get(backend, 0) + 1
     return lines
@@ -148,9 +147,10 @@ def notes(results: CrossoverResults) -> list[str]:
     fewer = sorted({int(p["size"]) for p in results.points if p["memories"] < run["memories"]})
     if fewer:
         found.append(
-            f"Not all {run['memories']} memories were filled at some sizes (from {fewer[0]:,} keys on), to save "
-            "time: an index and exact search both take as many times longer as there are more memories, so the ratio "
-            "is theirs."
+            f"Not all {run['memories']} memories were filled at some sizes (from {fewer[0]:,} keys on), to save time: "
+            "exact search and an index both take as many times longer as there are more memories, so the ratio is "
+            "theirs. Where a step's queries are so few that the cost of a call decides, that is not so, and those "
+            "sizes were left out."
         )
     missing = run.get("not_installed") or {}
     if missing:

@@ -112,7 +112,9 @@ class CrossoverResults:
 
     def _crossing(self, case: Case, index: str) -> IndexCrossing:
         points = self.points_of(index)
-        rows = [(point["size"], row_of(point, case)) for point in points]
+        rows = [(point["size"], row) for point in points if (row := row_of(point, case)) is not None]
+        if not rows:
+            raise ReportError(f"{index} was measured nowhere with {case.queries} queries and recall {case.recall}")
         ratios = [ratio for size, row in rows if (ratio := sized_ratio(size, row, appends=case.appends)) is not None]
         last = rows[-1][1]
         # What was quicker where it still reached the recall has not overtaken anything if it no longer does.
@@ -151,13 +153,13 @@ def load_crossover(folder: str | Path) -> CrossoverResults:
         raise ReportError(f"{path} is damaged ({error}): run `recollect crossover` again") from error
 
 
-def row_of(point: Mapping[str, Any], case: Case) -> Mapping[str, Any]:
-    """The row of a point that a case is about."""
+def row_of(point: Mapping[str, Any], case: Case) -> Mapping[str, Any] | None:
+    """The row of a point that a case is about; None where it was not measured there."""
     for row in point["rows"]:
         if row["queries"] == case.queries and row["recall_wanted"] == case.recall:
             found: Mapping[str, Any] = row
             return found
-    raise ReportError(f"{point['index']} at {point['size']} keys lacks {case.queries} queries, recall {case.recall}")
+    return None
 
 
 def sized_ratio(size: int, row: Mapping[str, Any], *, appends: bool) -> SizedRatio | None:

@@ -38,7 +38,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Rung:
-    """What was found at one size: seconds that it took, and for each question the ratio, None below the recall."""
+    """What was found at one size: seconds that it took, and for each question that was measured the ratio, None below
+    the recall."""
 
     size: int
     memories: int
@@ -63,6 +64,7 @@ class Ladder:
         memories: M that are asked for.
         least_memories: so many must be measured at the least; fewer than M are where all would take too long, since
             an exact search and an index both take M times what one memory takes.
+        may_reduce: whether fewer memories than M say enough at a size (see `crossover_run.LEAST_MS`).
         known: sizes that were measured before, which cost nothing.
         fits: whether so many memories of a size fit into the machine and the source.
         stopped: why there is nothing more to measure.
@@ -74,6 +76,7 @@ class Ladder:
     least_memories: int
     known: frozenset[int] = frozenset()
     fits: Callable[[int, int], bool] = lambda size, memories: True
+    may_reduce: Callable[[int], bool] = lambda size: True
     rungs: list[Rung] = field(default_factory=list)
     stopped: str = ""
 
@@ -106,7 +109,7 @@ class Ladder:
 
     def _open(self, question: Question) -> bool:
         """Whether a larger memory may still answer it."""
-        last = [rung.ratios.get(question) for rung in self.rungs[-CONFIRMING:]]
+        last = [rung.ratios[question] for rung in self.rungs if question in rung.ratios][-CONFIRMING:]
         if last[-1] is None:
             return len(last) < CONFIRMING or any(ratio is not None for ratio in last)
         if len(last) == CONFIRMING and all(ratio is not None and ratio.high < 1 for ratio in last):
@@ -116,13 +119,14 @@ class Ladder:
     def _widest_gap(self) -> int | None:
         """The size in the middle of the widest enclosure of a crossing; None where all are close."""
         widest, middle = RESOLUTION, None
-        measured = {rung.size for rung in self.rungs}
-        for question in self.rungs[-1].ratios:
+        sizes = {rung.size for rung in self.rungs}
+        for question in dict.fromkeys(question for rung in self.rungs for question in rung.ratios):
             ends = bracket(self._series(question))
-            if ends is None or ends not in set(pairwise(sorted(measured))):
+            measured = [rung.size for rung in self.rungs if question in rung.ratios]
+            if ends is None or ends not in set(pairwise(measured)):
                 continue
             between = round((ends[0] * ends[1]) ** 0.5 / 64) * 64
-            if ends[1] / ends[0] > widest and ends[0] < between < ends[1]:
+            if ends[1] / ends[0] > widest and ends[0] < between < ends[1] and between not in sizes:
                 widest, middle = ends[1] / ends[0], between
         return middle
 
@@ -134,7 +138,7 @@ class Ladder:
         while True:
             if self._expected(size, memories) <= seconds and self.fits(size, memories):
                 return Next(size, memories)
-            if memories <= self.least_memories:
+            if memories <= self.least_memories or not self.may_reduce(size):
                 return None
             memories = max(self.least_memories, memories // 2)
 

@@ -49,7 +49,7 @@ class CrossoverOptions:
     corpus: str = "stdlib"
     min_keys: int = SMALLEST
     max_keys: int = LARGEST
-    minutes: float = 5.0
+    minutes: float = 10.0
     output: str | Path = "out/crossover"
     threads: int | None = None
     seed: int = 0

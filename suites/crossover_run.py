@@ -13,7 +13,7 @@ import dataclasses
 import datetime
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from recollect.memory_backends.atomic import write_json
 from recollect.memory_backends.registry import backend_class
 from recollect.memory_backends.spec import parse_spec
 from recollect.reports.crossing_page import write_crossing_page
-from recollect.reports.crossing_results import FILE, SCHEMA, Case, answers, load_crossover, row_of, sized_ratio
+from recollect.reports.crossing_results import FILE, SCHEMA, Case, answers, load_crossover, plural, row_of, sized_ratio
 
 from .cells import fingerprint
 from .crossover_keys import KeySource, open_keys
@@ -55,6 +55,12 @@ UNASKED = ("degraded",)
 
 STALL_SECONDS = 300.0
 """A size may take this much longer than what is left of an index's time before the index is given up."""
+
+LEAST_MS = 1.0
+"""What exact search takes at the least for a step's queries of one memory, where fewer memories than M are measured.
+
+Below that, what a call costs whatever it does decides, and exact search pays it once for all memories where most
+indexes pay it for each: an index looks quicker than it is beside fewer memories."""
 
 _CODE = ("crossover_keys", "crossover_measure", "curve_settings", "curves", "noise", "oracle")
 
@@ -207,7 +213,7 @@ class _Run:
 def describe_point(point: Mapping[str, Any]) -> str:
     """A line of progress."""
     found = [
-        f"{row['queries']} queries at recall {row['recall_wanted']:g}: "
+        f"{plural(row['queries'], 'query', 'queries')}, recall {row['recall_wanted']:g}: "
         + (f"{row['ratio']:.2f} times exact" if row["spec"] is not None else f"not reached ({row['recall']:.3f})")
         for row in point["rows"]
     ]
@@ -298,6 +304,7 @@ def climb(task: Mapping[str, Any], tell: Tell) -> None:
     questions = [Question(queries, recall, appends) for queries in options.queries for recall in options.recalls
                  for appends in (False, True)]  # fmt: skip
     asked = queries_needed(options.queries)
+    points: list[Mapping[str, Any]] = []
     known = known_points(folder, index, str(task["fingerprint"]))
     ladder = Ladder(
         options.min_keys,
@@ -306,6 +313,7 @@ def climb(task: Mapping[str, Any], tell: Tell) -> None:
         min(options.memories, max(1, torch.get_num_threads())),
         known=frozenset(known),
         fits=lambda size, memories: fits(size, memories, dim, asked),
+        may_reduce=lambda size: bool(weighty_queries(points, size, options.queries)),
     )
     warm = False
     deadline = time.perf_counter() + float(task["seconds"])
@@ -316,14 +324,16 @@ def climb(task: Mapping[str, Any], tell: Tell) -> None:
                 warm = True
                 tell("start", what=f"{index}: warming up")
                 warm_up(index, dim, min(options.queries), options.k, options.device)
-            tell("start", what=f"{index}, {wanted.memories} memories of {wanted.size:,} keys")
+            tell("start", what=f"{index}, {plural(wanted.memories, 'memory', 'memories')} of {wanted.size:,} keys")
             try:
                 point = measure_size(
                     source,
                     index,
                     wanted.size,
                     memories=wanted.memories,
-                    queries=options.queries,
+                    queries=options.queries
+                    if wanted.memories == options.memories
+                    else weighty_queries(points, wanted.size, options.queries),
                     recalls=options.recalls,
                     k=options.k,
                     dim=options.dim,
@@ -336,6 +346,7 @@ def climb(task: Mapping[str, Any], tell: Tell) -> None:
             point |= {"index": index, "fingerprint": task["fingerprint"], "commit": commit_of()}
             write_json(point_path(folder, index, wanted.size, str(task["fingerprint"])), point)
         tell("done", point=point, reused=wanted.size in known)
+        points.append(point)
         ladder.add(rung_of(point, questions))
     tell("stopped", reason=ladder.stopped)
 
@@ -345,8 +356,28 @@ def rung_of(point: Mapping[str, Any], questions: list[Question]) -> Rung:
     ratios = {}
     for question in questions:
         row = row_of(point, Case(question.queries, question.recall, question.appends))
-        ratios[question] = sized_ratio(point["size"], row, appends=question.appends)
+        if row is not None:
+            ratios[question] = sized_ratio(point["size"], row, appends=question.appends)
     return Rung(int(point["size"]), int(point["memories"]), float(point["seconds"]), ratios)
+
+
+def weighty_queries(points: Sequence[Mapping[str, Any]], size: int, queries: Sequence[int]) -> tuple[int, ...]:
+    """The numbers of queries that fewer memories than M can be measured with at a size, from the points so far.
+
+    Exact search's time grows with the number of keys; what it took at the largest measured size foretells it.
+    """
+    found = []
+    for number in queries:
+        took = [
+            (int(point["size"]), row["exact_ms"] / point["memories"])
+            for point in points
+            for row in point["rows"]
+            if row["queries"] == number
+        ]
+        largest, each_ms = max(took, default=(1, 0.0))
+        if each_ms * size / largest >= LEAST_MS:
+            found.append(number)
+    return tuple(found)
 
 
 def largest_of(source: KeySource, wanted: int, queries: int) -> int:

@@ -35,7 +35,8 @@ class Figure:
 
     def text(self, digits: int = 4) -> str:
         """For a person."""
-        return f"{self.value:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+        value, low, high = (round(end, digits) + 0.0 for end in (self.value, self.low, self.high))  # no minus zero
+        return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 @dataclass(frozen=True)

@@ -75,3 +75,26 @@ def test_what_does_not_fit_is_not_tried() -> None:
 def test_known_sizes_cost_nothing() -> None:
     ladder = climbed(lambda size: 1.5, budget=0.0, known=frozenset({512, 1024, 2048}))
     assert sizes(ladder) == [512, 1024, 2048]
+
+
+def test_a_question_that_was_left_out_at_a_size_is_neither_lost_nor_asked_for_again() -> None:
+    other = Question(1, 0.95, False)
+    ladder = Ladder(512, 65_536, 8, 2)
+    sequence = []
+    while (wanted := ladder.next(1e9)) is not None:
+        sequence.append(wanted.size)
+        assert len(sequence) == len(set(sequence)) < 40
+        value = (9000 / wanted.size) ** 0.7
+        ratios: dict[Question, SizedRatio | None] = {QUESTION: SizedRatio(wanted.size, value, value, value)}
+        if wanted.size in (512, 1024):
+            value = 700 / wanted.size
+            ratios[other] = SizedRatio(wanted.size, value, value, value)
+        ladder.add(Rung(wanted.size, wanted.memories, 1.0, ratios))
+    assert 704 in sequence, "the crossing of the other question is enclosed, as far as it can be measured"
+    assert any(8000 < size < 10_000 for size in sequence)
+
+
+def test_fewer_memories_only_where_they_say_enough() -> None:
+    ladder = climbed(lambda size: 1.5, budget=0.2, may_reduce=lambda size: False)
+    assert {rung.memories for rung in ladder.rungs} == {8}
+    assert max(sizes(ladder)) < max(sizes(climbed(lambda size: 1.5, budget=0.2)))

@@ -12,7 +12,7 @@ from recollect.memory_backends import UnknownBackend, describe_backend
 from recollect.suites.crossover_keys import SyntheticKeys
 from recollect.suites.crossover_measure import filled, measure_size
 from recollect.suites.crossover_options import CrossoverError, CrossoverOptions, checked
-from recollect.suites.crossover_run import chosen_indexes, crossover
+from recollect.suites.crossover_run import chosen_indexes, crossover, weighty_queries
 
 OPTIONS: dict[str, Any] = {
     "memories": 2,
@@ -96,6 +96,14 @@ def test_a_run_is_measured_told_and_resumed(tmp_path: Path) -> None:
 def test_numbers_out_of_range_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CrossoverError, match=message):
         checked(CrossoverOptions(**changes))
+
+
+def test_few_queries_are_not_measured_with_fewer_memories() -> None:
+    rows = [{"queries": 1, "exact_ms": 0.4}, {"queries": 512, "exact_ms": 40.0}]
+    points = [{"size": 512, "memories": 8, "rows": rows}, {"size": 1024, "memories": 4, "rows": rows[1:]}]
+    assert weighty_queries(points, 2048, (1, 512)) == (512,)
+    assert weighty_queries(points, 512 * 20, (1, 512)) == (1, 512), "0.05 ms a memory at 512 keys is 1 ms at 10240"
+    assert weighty_queries([], 512, (1, 512)) == ()
 
 
 def test_indexes_are_those_that_are_here() -> None:

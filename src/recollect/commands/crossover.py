@@ -49,7 +49,7 @@ def crossover(
     max_keys: Annotated[int, typer.Option("--max-keys", min=1, help="Largest memory to measure.")] = 131_072,
     minutes: Annotated[
         float, typer.Option("--minutes", help="Time to spend, roughly; what it does not suffice for is told.")
-    ] = 5.0,
+    ] = 10.0,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads of torch and every library. Default: all cores.")
     ] = None,

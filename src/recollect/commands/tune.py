@@ -149,9 +149,10 @@ def _cells(point: dict[str, Any], kind: str | None = None) -> tuple[str, ...]:
         figure = point[name]
         if figure is None:
             return "–"
+        value, low, high = (round(figure[end], digits) + 0.0 for end in ("value", "low", "high"))  # no minus zero
         if kind not in (None, name):
-            return f"{figure['value']:.{digits}f}"
-        return f"{figure['value']:.{digits}f} ({figure['low']:.{digits}f}–{figure['high']:.{digits}f})"
+            return f"{value:.{digits}f}"
+        return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
     return (
         point["spec"],
