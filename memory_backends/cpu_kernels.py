@@ -318,12 +318,15 @@ def drop_padding(lists, length):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def merge(lists, other, start, stop):  # type: ignore[no-untyped-def]
+def merge(lists, other, encoded, k, tiles, room, start, stop):  # type: ignore[no-untyped-def]
     """Adds another part's lists of queries start to stop - 1; tau is infinite where it was or they do not fit."""
+    fits = lists.lows.shape[1] - LANES
     for q in range(start, stop):
-        count, more = lists.counts[q], other.counts[q]
         lists.taus[q] = max(lists.taus[q], other.taus[q])
-        if count + more > lists.lows.shape[1] - LANES:
+        if lists.taus[q] < np.inf and lists.counts[q] + other.counts[q] > fits:
+            raise_tau(lists, encoded, tiles, room, q, k)
+        count, more = lists.counts[q], other.counts[q]
+        if count + more > fits:
             lists.taus[q] = np.inf
         if lists.taus[q] == np.inf:
             continue

@@ -47,6 +47,9 @@ QUERIES_AT_ONCE = 1024
 LIST_ENTRIES = 1 << 21
 """The same as entries of their lists, which are longer for a larger k: 16 MiB."""
 
+TILES_PER_PART = 16
+"""Tiles that a thread takes at least: each begins with lists of its own."""
+
 SQUARES = 16
 """Components over which a key's squared length is spread where distances are wanted: one would need more than 8 bits,
 and a whole vector of them costs no more than one."""
@@ -224,6 +227,7 @@ def _search_one(queries: Any, keys: Any, best: Any, failed: Any, parts: int) -> 
     centre, weights = _centre_and_weights(queries, keys[:: -(-length // CENTRE_SAMPLE)], kernels.WIDEST_WEIGHT)
     if not np.abs(centre).max() < kernels.LARGEST:
         return
+    parts = max(1, min(parts, length // (kernels.TILE * TILES_PER_PART)))
     groups = -(-len(queries) // kernels.GROUP)
     width = -(-dim // kernels.LANES) * kernels.LANES
     padded = groups * kernels.GROUP
@@ -256,7 +260,7 @@ def _search_one(queries: Any, keys: Any, best: Any, failed: Any, parts: int) -> 
     def finish(part: int) -> None:
         start, stop = part * step, min((part + 1) * step, len(queries))
         for other in lists[1:]:
-            kernels.merge(lists[0], other, start, stop)
+            kernels.merge(lists[0], other, encoded, k, tiles, rooms[part], start, stop)
         kernels.rescore(queries, keys, encoded, k, tiles, lists[0], rooms[part], start, stop, best, failed)
 
     run_all([functools.partial(finish, part) for part in range(parts)])

@@ -119,17 +119,17 @@ def test_any_shape(n: int, dim: int, count: int, k: int, seed: int, whole: bool)
     ],
 )
 def test_what_the_first_pass_cannot_do_the_reference_does(name: str, change: Callable[[Tensor, Tensor], Any]) -> None:
-    backend = make_backend("exact", num_memories=1, capacity=70000, dim=16)
-    queries, keys = torch.randn(1, 64, 16), torch.randn(1, 70000, 16)
+    backend = make_backend("exact", num_memories=1, capacity=9000, dim=16)
+    queries, keys = torch.randn(1, 64, 16), torch.randn(1, 9000, 16)
     change(queries, keys)
     backend.add(keys)
-    assert cpu_search.worth(64, 70000, 16, 9)
+    assert cpu_search.worth(64, 9000, 16, 9)
     found = backend.search(queries, 9)
-    expected = reference(queries, keys, [70000], 9)
+    expected = reference(queries, keys, [9000], 9)
     assert torch.allclose(found.scores, expected[0], rtol=1e-5, atol=0) or name == "one huge key"
     unit = expected[0].abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     torch.testing.assert_close(found.scores / unit, expected[0] / unit, equal_nan=True)
-    assert ((found.slots >= 0) & (found.slots < 70000)).all()
+    assert ((found.slots >= 0) & (found.slots < 9000)).all()
     assert all(len(set(row)) == 9 for row in found.slots[0].tolist())
 
 
@@ -138,6 +138,7 @@ def test_what_the_first_pass_cannot_do_the_reference_does(name: str, change: Cal
 @pytest.mark.parametrize("memories", [1, 2, 3])
 def test_threads_and_memories(monkeypatch: pytest.MonkeyPatch, threads: int, memories: int) -> None:
     monkeypatch.setattr(cpu_search, "QUERIES_AT_ONCE", 23)
+    monkeypatch.setattr(cpu_search, "TILES_PER_PART", 4)
     queries = torch.randn(memories, 50, 20)
     keys = [torch.randn(n, 20).round(decimals=1) for n in (3000, 1500, 999)[:memories]]
     alone = cpu_search.search(queries, keys, 7)
@@ -152,6 +153,20 @@ def test_threads_and_memories(monkeypatch: pytest.MonkeyPatch, threads: int, mem
     for row in range(memories):
         assert not together[2][row].any()
         assert_same((together[0][row], together[1][row]), queries[row], keys[row], 7)
+
+
+@fused
+def test_more_parts_than_lists_hold_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_search, "TILES_PER_PART", 4)
+    queries, keys = torch.randn(1, 30, 20), torch.randn(12000, 20)
+    former = torch.get_num_threads()
+    torch.set_num_threads(40)
+    try:
+        scores, slots, left = cpu_search.search(queries, [keys], 32)
+    finally:
+        torch.set_num_threads(former)
+    assert not left.any()
+    assert_same((scores[0], slots[0]), queries[0], keys, 32)
 
 
 @fused
@@ -228,13 +243,13 @@ def as_if_new() -> Any:
 
 
 def search_large() -> tuple[Tensor, Tensor, Any]:
-    backend = make_backend("exact", num_memories=1, capacity=70000, dim=8)
-    queries, keys = torch.randn(1, 64, 8), torch.randn(1, 70000, 8)
+    backend = make_backend("exact", num_memories=1, capacity=9000, dim=8)
+    queries, keys = torch.randn(1, 64, 8), torch.randn(1, 9000, 8)
     backend.add(keys)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = backend.search(queries, 5)
-    expected = reference(queries, keys, [70000], 5)
+    expected = reference(queries, keys, [9000], 5)
     torch.testing.assert_close(found.scores, expected[0])
     return queries, keys, backend
 
