@@ -28,6 +28,7 @@ from recollect.model.recording import ObservedBackend
 from recollect.model.streams import IGNORED
 from recollect.model.transformer import MemorizingTransformer, UpperState
 from recollect.model.trunk import TrunkOutput, TrunkStore
+from recollect.model.value_store import FLOAT32
 
 NO_MEMORY = "none"
 """Stands for the backend where there is no memory."""
@@ -106,6 +107,7 @@ def evaluate_backends(
             memory_size=options.memory_size,
             k=options.k,
             seed=options.seed,
+            values=options.values,
             on_segment=on_segment,
         )
         results.append(dataclasses.replace(result, seconds=time.perf_counter() - start))
@@ -120,6 +122,7 @@ def replay(
     memory_size: int | None = None,
     k: int | None = None,
     seed: int = 0,
+    values: str = FLOAT32,
     on_segment: OnSegment | None = None,
 ) -> EvaluationResult:
     """Evaluates one memory from the first memory layer up.
@@ -132,13 +135,14 @@ def replay(
         memory_size: C; None is the model's own size, 0 is no memory.
         k: neighbours per query; None is the model's own number.
         seed: for backends that draw random numbers.
+        values: how the memory's values are stored, as for `initial_state`.
         on_segment: called with the number of segments done and how many there are.
 
     Raises:
         ConfigurationError: a memory is asked for and the model has no memory layer, or the size is negative.
         ValueError: a loss is not finite.
     """
-    run = Replay(model, trunk, backend=backend, memory_size=memory_size, k=k, seed=seed)
+    run = Replay(model, trunk, backend=backend, memory_size=memory_size, k=k, seed=seed, values=values)
     while run.step():
         if on_segment is not None:
             on_segment(run.done, trunk.segments)
@@ -163,10 +167,11 @@ class Replay:
         memory_size: int | None = None,
         k: int | None = None,
         seed: int = 0,
+        values: str = FLOAT32,
     ) -> None:
         self.model, self.trunk = model, trunk
         self.done = 0
-        self._state, self._memory = _initial_state(model, trunk, backend, memory_size, k, seed)
+        self._state, self._memory = _initial_state(model, trunk, backend, memory_size, k, seed, values)
         self._losses = LossCollector(trunk.text)
         self._seconds = 0.0
 
@@ -213,17 +218,20 @@ def _initial_state(
     memory_size: int | None,
     k: int | None,
     seed: int,
+    values: str,
 ) -> tuple[UpperState, MemorySpecification]:
     config = model.config
     neighbours = _neighbours(config, k)
     if not isinstance(backend, str):
         made = cast(list[MemoryBackend], list(backend))
-        state = model.initial_upper_state(trunk.rows, backend=made, k=neighbours)
+        state = model.initial_upper_state(trunk.rows, backend=made, k=neighbours, values=values)
         return state, MemorySpecification(made[0].spec, made[0].capacity, neighbours)
     size = _memory_size(config, backend, memory_size, neighbours)
     if size == 0:
         return model.initial_upper_state(trunk.rows, memory_size=0), MemorySpecification(NO_MEMORY, 0, neighbours)
-    state = model.initial_upper_state(trunk.rows, backend=backend, memory_size=size, k=neighbours, seed=seed)
+    state = model.initial_upper_state(
+        trunk.rows, backend=backend, memory_size=size, k=neighbours, seed=seed, values=values
+    )
     return state, MemorySpecification(canonical_spec(backend), size, neighbours)
 
 

@@ -27,6 +27,7 @@ class EvaluationOptions:
         rows: documents that are read side by side; it changes speed and timings, not what a token sees.
         seed: for backends that draw random numbers.
         device: where model and memory live, such as 'cpu' or 'cuda'.
+        values: how the memory's values are stored: 'float32', 'bfloat16', 'bfloat16:in=temporary' for a file.
         cache_directory: where token streams are cached; None is the user's cache folder.
     """
 
@@ -40,6 +41,7 @@ class EvaluationOptions:
     rows: int = 4
     seed: int = 0
     device: str = "cpu"
+    values: str = "float32"
     cache_directory: str | Path | None = None
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from recollect.memory_backends.base import MemoryBackend
 from recollect.model.configuration import ModelConfig
 from recollect.model.memory_layer import LayerMemory, Memory, Retrieved, RetrievedLogits, WeightedValues
+from recollect.model.value_store import FLOAT32, parse_values
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,7 @@ class HiddenMemory(Memory):
         eviction: str = "fifo",
         kept_share: float = 0.5,
     ) -> None:
-        super().__init__(
-            backend, per_row=1, k=k, keeps_values=False, device=device, eviction=eviction, kept_share=kept_share
-        )
+        super().__init__(backend, per_row=1, k=k, values=None, device=device, eviction=eviction, kept_share=kept_share)
         if backend.dim % width:
             raise ValueError(f"a backend of dimension {backend.dim} cannot hold inputs of width {width}")
         self.width = width
@@ -149,12 +148,16 @@ class HiddenMemory(Memory):
 AnyMemory = LayerMemory | HiddenMemory
 
 
-def make_layer_memory(config: ModelConfig, backend: MemoryBackend, *, k: int, device: torch.device) -> AnyMemory:
+def make_layer_memory(
+    config: ModelConfig, backend: MemoryBackend, *, k: int, device: torch.device, values: str = FLOAT32
+) -> AnyMemory:
     """The memory that `config.memory_key` and `config.eviction` name, over an empty backend.
 
     Args:
         backend: of `config.memories_per_row` memories a row, of dimension `config.memory_dim`.
+        values: how values are stored (see `recollect.model.value_store`); hidden states have none.
     """
+    parse_values(values)
     if backend.dim != config.memory_dim:
         raise ValueError(f"a backend of dimension {backend.dim} cannot hold keys of dimension {config.memory_dim}")
     if config.memory_key == "hidden":
@@ -169,6 +172,7 @@ def make_layer_memory(config: ModelConfig, backend: MemoryBackend, *, k: int, de
     return LayerMemory(
         backend,
         heads=config.heads,
+        values=values,
         k=k,
         device=device,
         eviction=config.eviction,

@@ -18,6 +18,7 @@ from torch import Tensor
 from recollect.memory_backends.base import MemoryBackend
 from recollect.model.configuration import EVICTIONS, ConfigurationError
 from recollect.model.eviction import Usage
+from recollect.model.value_store import FLOAT32, ValueStore
 
 
 class RetrievedLogits(torch.autograd.Function):
@@ -88,9 +89,10 @@ class Memory:
         device: where attention reads; the backend's when None.
         eviction: 'fifo', or 'most_used' (see `recollect.model.eviction`).
         kept_share: for `most_used`, keys that stay for each new key.
+        values: how values are stored (see `recollect.model.value_store`); None where they are not.
 
     Attributes:
-        values: (M, C, D), each key's value at the key's slot; None where values are not stored.
+        store: each key's value at the key's slot; None where values are not stored.
         usage: what attention used, for `most_used`.
     """
 
@@ -100,7 +102,7 @@ class Memory:
         *,
         per_row: int,
         k: int,
-        keeps_values: bool,
+        values: str | None,
         device: torch.device | None = None,
         eviction: str = "fifo",
         kept_share: float = 0.5,
@@ -115,9 +117,9 @@ class Memory:
         self.per_row = per_row
         self.k = k
         self.device = backend.device if device is None else device
-        self._values: Tensor | None = None
-        if keeps_values:
-            self._values = torch.zeros(backend.num_memories, backend.capacity, backend.dim, device=self.device)
+        self.store: ValueStore | None = None
+        if values is not None:
+            self.store = ValueStore(values, (backend.num_memories, backend.capacity, backend.dim), self.device)
         self._offsets = torch.arange(backend.num_memories, device=self.device)[:, None] * backend.capacity
         self.usage: Usage | None = None
         if eviction == "most_used":
@@ -132,13 +134,14 @@ class Memory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is remembered now: keys and values alive, and the index."""
+        """Bytes of main memory of what is remembered now: keys and values alive, and the index."""
         stats = self.backend.stats()
-        return stats.key_bytes * (1 if self._values is None else 2) + stats.index_bytes
+        value_bytes = 0 if self.store is None else self.store.value_bytes
+        return stats.key_bytes + stats.keys * value_bytes + stats.index_bytes
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What it holds beside the backend, by name: the very tensors, so that copying into them restores them."""
-        tensors = {} if self._values is None else {"values": self._values}
+        tensors = {} if self.store is None else {"values": self.store.tensor}
         return tensors | ({} if self.usage is None else {"usage": self.usage.totals})
 
     def reset_rows(self, rows: Tensor) -> None:
@@ -180,8 +183,8 @@ class Memory:
             old_keys = self.backend.gather_keys(old_slots[:, None], memories=which)[:, 0].to(keys.device)
             rows = which.to(self.device)
             all_values = None
-            if self._values is not None and values is not None:
-                old_values = self._values[rows[:, None], old_slots.to(self.device)]
+            if self.store is not None and values is not None:
+                old_values = self.store.read(old_slots.to(self.device) + self._offsets[rows])
                 all_values = torch.cat([old_values, values.to(self.device)[rows]], dim=1)
             all_keys = torch.cat([old_keys, keys[which.to(keys.device)]], dim=1)
             slots = self.backend.add(all_keys, memories=which)
@@ -190,13 +193,13 @@ class Memory:
 
     def _write(self, slots: Tensor, values: Tensor | None, memories: Tensor | None = None) -> None:
         """Puts values (M', T, D) of all memories, or of `memories` (M',), at `slots` (M', T)."""
-        if self._values is None or values is None:
+        if self.store is None or values is None:
             return
         slots = slots.to(self.device)
         offsets = self._offsets if memories is None else self._offsets[memories]
         if slots.shape[1] > self.backend.capacity:  # the oldest are evicted at once and have no slot
             slots, values = slots[:, -self.backend.capacity :], values[:, -self.backend.capacity :]
-        self._values.view(-1, values.shape[-1])[(slots + offsets).flatten()] = values.flatten(0, 1)
+        self.store.write((slots + offsets).flatten(), values.flatten(0, 1))
 
 
 class LayerMemory(Memory):
@@ -208,7 +211,7 @@ class LayerMemory(Memory):
     Args:
         backend: M = batch_size * heads empty memories of the layer's head dimension.
         heads: H.
-        k, device, eviction, kept_share: as for `Memory`.
+        k, device, eviction, kept_share, values: as for `Memory`.
     """
 
     def __init__(
@@ -220,17 +223,18 @@ class LayerMemory(Memory):
         device: torch.device | None = None,
         eviction: str = "fifo",
         kept_share: float = 0.5,
+        values: str = FLOAT32,
     ) -> None:
         super().__init__(
-            backend, per_row=heads, k=k, keeps_values=True, device=device, eviction=eviction, kept_share=kept_share
+            backend, per_row=heads, k=k, values=values, device=device, eviction=eviction, kept_share=kept_share
         )
         self.heads = heads
 
     @property
     def values(self) -> Tensor:
-        """(M, C, D) float32."""
-        assert self._values is not None
-        return self._values
+        """(M, C, D), as they are stored."""
+        assert self.store is not None
+        return self.store.tensor
 
     def attend(self, queries: Tensor, scale: Tensor) -> Retrieved:
         """Attention over the K retrieved pairs of each query: softmax(scale * q.k) v.
@@ -250,11 +254,12 @@ class LayerMemory(Memory):
         # A missing neighbour reads slot 0 with weight zero, so that nothing of it counts.
         rows = (slots.clamp_min(0).flatten(1) + self._offsets).view(-1, slots.shape[-1])
         flat_weights = weights.reshape(rows.shape)
-        values = self.values.flatten(0, 1)
-        if weights.requires_grad:
+        assert self.store is not None
+        if weights.requires_grad or not self.store.is_plain:
             # The append that follows overwrites slots of the ring, so the gradient needs its own copy of what was read.
-            remembered = WeightedValues.apply(flat_weights, functional.embedding(rows, values))
+            remembered = WeightedValues.apply(flat_weights, self.store.read(rows))
         else:
+            values = self.values.flatten(0, 1)
             remembered = functional.embedding_bag(rows, values, per_sample_weights=flat_weights, mode="sum")
         return Retrieved(remembered.view(batch, heads, tokens, dim), per_head[..., 0] >= 0, logits, weights, per_head)
 

@@ -23,6 +23,7 @@ from recollect.model.attention import Attention, LayerState
 from recollect.model.closed_form import RootMeanSquareNorm, squared_relu
 from recollect.model.configuration import ConfigurationError, ModelConfig
 from recollect.model.hidden_keys import AnyMemory, make_layer_memory
+from recollect.model.value_store import FLOAT32
 
 if TYPE_CHECKING:
     from recollect.model.generation import Generation
@@ -231,6 +232,7 @@ class MemorizingTransformer(nn.Module):
         k: int | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
+        values: str = FLOAT32,
     ) -> ModelState:
         """The state before any token: empty caches and empty memories.
 
@@ -241,11 +243,13 @@ class MemorizingTransformer(nn.Module):
             k: neighbours for each query; None is the configuration's.
             seed: for backends that draw random numbers.
             device: where the backend's keys lie; None is where the model is.
+            values: how values are stored: 'float32', 'bfloat16' (half the bytes), and where, if not in main memory:
+                'bfloat16:in=temporary', or a folder, for a memory-mapped file.
         """
         return ModelState(
             self.initial_trunk_state(batch_size),
             self.initial_upper_state(
-                batch_size, backend=backend, memory_size=memory_size, k=k, seed=seed, device=device
+                batch_size, backend=backend, memory_size=memory_size, k=k, seed=seed, device=device, values=values
             ),
         )
 
@@ -261,6 +265,7 @@ class MemorizingTransformer(nn.Module):
         k: int | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
+        values: str = FLOAT32,
     ) -> UpperState:
         """As `initial_state`, for the upper part; `backend` may also be ready-made backends, one per memory layer."""
         config = self.config
@@ -286,7 +291,9 @@ class MemorizingTransformer(nn.Module):
             if len(backends) != len(config.memory_layers):
                 raise ValueError(f"{len(backends)} backends were given for {len(config.memory_layers)} memory layers")
         neighbours = config.k if k is None else k
-        memories = [make_layer_memory(config, made, k=neighbours, device=self.device) for made in backends]
+        memories = [
+            make_layer_memory(config, made, k=neighbours, device=self.device, values=values) for made in backends
+        ]
         return UpperState(layers, memories)
 
     def _empty_layer(self, batch_size: int) -> LayerState:
