@@ -216,6 +216,8 @@ def facts(analysis: AblationAnalysis) -> list[tuple[str, str]]:
         ("Python", text(run, "machine", "python")),
         ("recollect", f"{text(run, 'recollect_version')}, commit {commit}"),
         ("Libraries", listed),
+        ("Threads", text(run, "threads")),
+        *((("Mixed", "; ".join(map(str, run["mixed"]))),) if run.get("mixed") else ()),
         ("Date", text(run, "created")),
         ("Scale", text(run, "scale")),
         ("Seeds", ", ".join(map(str, analysis.ablation.seeds))),

@@ -148,6 +148,12 @@ def core_digest() -> str:
     return _digest(files)
 
 
+@cache
+def training_digest() -> str:
+    """Names the code that trained weights and their evaluation depend on."""
+    return hashlib.sha256((core_digest() + _digest(sorted((PACKAGE / "model").glob("*.py")))).encode()).hexdigest()
+
+
 def backend_digest(spec: str) -> str:
     """Names the code and the library versions of one backend, and of those that it is made of."""
     classes = classes_of(spec)

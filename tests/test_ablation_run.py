@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from recollect.cli import app
 from recollect.model.checkpoints import load_checkpoint
 from recollect.suites.ablation.options import AblateError, AblateOptions
+from recollect.suites.ablation.provenance import mixed_in, settle
 from recollect.suites.ablation.runner import ablate
 
 MORE = """
@@ -175,6 +176,28 @@ def test_a_second_call_does_nothing_again(finished: tuple[Path, AblateOptions]) 
     result = ablate(options)
     assert (result.trained, result.evaluated) == (0, 0)
     assert {path: path.stat().st_mtime_ns for path in (folder / "out" / "evaluations").iterdir()} == before
+
+
+def test_other_settings_are_refused_by_name_or_told(finished: tuple[Path, AblateOptions]) -> None:
+    folder, options = finished[0] / "out", finished[1]
+    known = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    assert known["provenance"]["threads"] == options.threads
+    assert known["mixed"] == []
+    with pytest.raises(AblateError, match=rf"threads {options.threads} against 3.*another --output, or go on .* --mix"):
+        settle(folder, threads=3, device="cpu", mix=False)
+    settle(folder, threads=3, device="cpu", mix=True)
+    assert [f"threads {options.threads} against 3" in text for text in mixed_in(folder)] == [True]
+    (folder / "provenance.json").write_text(json.dumps(known), encoding="utf-8")
+
+
+def test_a_folder_of_an_earlier_version_is_compared_by_what_it_says(tmp_path: Path) -> None:
+    (tmp_path / "grid").mkdir()
+    run = {"machine": {"cpu": "Some Other Processor"}, "libraries": {"torch": "1.0"}, "threads": 1}
+    (tmp_path / "grid" / "run.json").write_text(json.dumps(run), encoding="utf-8")
+    with pytest.raises(AblateError, match=r"Some Other Processor against .*torch 1\.0 against"):
+        settle(tmp_path, threads=1, device="cpu", mix=False)
+    settle(tmp_path / "new", threads=1, device="cpu", mix=False)
+    assert mixed_in(tmp_path / "new") == []
 
 
 def test_another_grid_finds_what_is_there_and_snapshots_are_taken_later(finished: tuple[Path, AblateOptions]) -> None:

@@ -24,6 +24,7 @@ class AblateOptions:
         seeds: how many seeds (0, 1, ...), or None for each grid's own number.
         variants: run these alone (and what they need); empty is all.
         output: folder that grids share: what one has trained or evaluated, another finds.
+        mix: go on in a folder whose results come from another machine, thread count, version or code.
         jobs: processes at a time.
         threads: threads of each process. Weights are equal between runs only with equal threads.
         device: where models live; None is the scale's own.
@@ -40,6 +41,7 @@ class AblateOptions:
     seeds: int | None = None
     variants: tuple[str, ...] = ()
     output: str | Path = "out/ablate"
+    mix: bool = False
     jobs: int = 1
     threads: int = 1
     device: str | None = None

@@ -16,6 +16,7 @@ from .grid import Grid
 from .jobs import DIVERGED, EVALUATIONS, TRAINED, Plan, PlannedRow, read_record
 from .options import AblateOptions
 from .plan import chosen_variants
+from .provenance import mixed_in
 from .sections import Section
 from .stability import SPIKE_RULE
 from .timing import timing_path
@@ -183,6 +184,7 @@ def write_run(
             "machine": describe_machine(),
             "libraries": library_versions(),
             "threads": options.threads,
+            "mixed": mixed_in(folder.parent),
             "jobs": options.jobs,
             "commit": commit,
             "uncommitted_changes": is_changed() if commit else None,

@@ -26,6 +26,7 @@ from .matching import Costs
 from .options import AblateError, AblateOptions, AblateResult
 from .plan import Planner, Resolved
 from .progress import Reporter, minutes
+from .provenance import settle
 from .results import row_of, write_rows, write_run
 from .schedule import Task, check_devices, open_tasks, prepare_texts
 from .sections import Section, read_sections
@@ -108,6 +109,8 @@ class _Ablation:
         with self._alone(), Reporter(self.options.progress) as self.reporter:
             self.make_plan(measure=False)
             check_devices(self.plan)
+            device = next(iter(self.plan.trainings.values())).options.device
+            settle(self.output, threads=self.options.threads, device=str(device), mix=self.options.mix)
             self.make_plan(measure=True)
             prepare_texts(
                 self.plan, self.sections, self.corpora, self.output, self.options.cache_directory, self.reporter.note

@@ -33,6 +33,10 @@ def ablate(
     output: Annotated[
         Path, typer.Option("--output", help="Folder that grids share: nothing in it is trained or evaluated twice.")
     ] = Path("out/ablate"),
+    mix: Annotated[
+        bool,
+        typer.Option("--mix", help="Go on in a folder of another machine, thread count, version or code."),
+    ] = False,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Processes at a time.")] = 1,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of each process.")] = 1,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda ... Default: the scale's own.")] = None,
@@ -70,6 +74,7 @@ def ablate(
         seeds=seeds,
         variants=tuple(variant or ()),
         output=output,
+        mix=mix,
         jobs=jobs,
         threads=threads,
         device=device,
