@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from cpuinfo import get_cpu_info
 
-from recollect import __version__
 from recollect.memory_backends.atomic import write_json
 from recollect.pretrained.attach import attach_memory
+from recollect.suites.provenance import describe
 
 FAMILIES = ("llama", "gpt2")
 
@@ -142,7 +142,7 @@ def main() -> None:
     if arguments.output:
         machine = torch.cuda.get_device_name() if arguments.device == "cuda" else get_cpu_info().get("brand_raw", "CPU")
         settings = {name: value for name, value in vars(arguments).items() if name not in ("output", "families")}
-        content = {"recollect": __version__, "torch": torch.__version__, "machine": machine, **settings, "rows": rows}
+        content = {"provenance": describe(device=arguments.device), "machine": machine, **settings, "rows": rows}
         write_json(arguments.output, content)
 
 

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from recollect.memory_backends.atomic import write_json
+from recollect.suites.provenance import describe
 
 RESULTS = Path(__file__).resolve().parent / "results" / "import_time.json"
 STATEMENTS = {
@@ -50,7 +51,7 @@ def main() -> None:
         for name, values in taken.items()
     }
     print(json.dumps(results, indent=1))
-    write_json(RESULTS, {"rounds": ROUNDS, "python": sys.version.split()[0], "results": results})
+    write_json(RESULTS, {"provenance": describe(threads=1), "rounds": ROUNDS, "results": results})
 
 
 if __name__ == "__main__":

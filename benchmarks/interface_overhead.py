@@ -30,6 +30,7 @@ import torch
 
 from recollect.memory_backends.atomic import write_json
 from recollect.memory_backends.registry import make_backend
+from recollect.suites.provenance import describe
 
 DIM, K, SEGMENT = 64, 32, 512
 RESULT = Path(__file__).parent / "results" / "interface_overhead.json"
@@ -313,6 +314,7 @@ def main() -> None:
             "processor": str(cpuinfo.get_cpu_info().get("brand_raw", "unknown")),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "threads": 1,
+            "provenance": describe(threads=1, seed=0),
             "clock": "process CPU time",
             "versions": {
                 package: importlib.metadata.version(package)

@@ -33,6 +33,7 @@ from recollect.memory_backends.atomic import write_json
 from recollect.memory_backends.base import MemoryBackend
 from recollect.memory_backends.registry import make_backend
 from recollect.memory_backends.segments import SegmentedBackend
+from recollect.suites.provenance import describe
 
 DIM, K, SEGMENT = 64, 32, 128
 RESULT = Path(__file__).parent / "results" / "native_or_segments.json"
@@ -474,6 +475,7 @@ def main() -> None:
             "processor": processor(),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "threads": 1,
+            "provenance": describe(threads=1, seed=0),
             "clock": "process CPU time",
             "versions": {
                 name: importlib.metadata.version(name) for name in ("torch", "faiss-cpu", "hnswlib", "scann", "numpy")

@@ -25,6 +25,7 @@ from recollect.model.streams import Segment
 from recollect.model.training import training_loss
 from recollect.model.training_options import TRAINING_PRESETS, TrainingOptions
 from recollect.model.transformer import MemorizingTransformer, ModelState
+from recollect.suites.provenance import describe
 
 RESULT = Path(__file__).parent / "results" / "training_step.json"
 
@@ -92,7 +93,7 @@ def main() -> None:
         "median_of_ratios": round(statistics.median(ratios), 3),
     }
     print(json.dumps(result, indent=1))
-    write_json(RESULT, result)
+    write_json(RESULT, {"provenance": describe(seed=0), **result})
 
 
 def _random_segment(options: TrainingOptions) -> Segment:

@@ -48,6 +48,7 @@ from recollect.model.tokenizer import load_tokenizer
 from recollect.model.training import training_loss
 from recollect.model.training_options import TRAINING_PRESETS, TrainingOptions
 from recollect.model.transformer import MemorizingTransformer
+from recollect.suites.provenance import describe
 
 RESULT = Path(__file__).parent / "results" / "training_step_peers.json"
 PACKAGE = "memorizing-transformers-pytorch"
@@ -214,7 +215,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         result = compare(options, arguments.memory_size, arguments.steps, Path(folder))
     print(json.dumps(result, indent=1))
-    write_json(arguments.output, result)
+    write_json(arguments.output, {"provenance": describe(seed=0), **result})
 
 
 def compare(options: TrainingOptions, memory_size: int, steps: int, folder: Path) -> dict[str, Any]:

@@ -15,7 +15,6 @@ same width with the paper's depth (memory at the ninth of twelve layers; its wei
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import tempfile
 import time
@@ -31,6 +30,7 @@ from recollect.model.evaluation import evaluate, evaluate_backends
 from recollect.model.evaluation_types import EvaluationOptions, EvaluationResult
 from recollect.model.transformer import MemorizingTransformer
 from recollect.model.trunk import TrunkStore
+from recollect.suites.provenance import describe
 
 SPECS = (
     "exact",
@@ -61,7 +61,7 @@ def main() -> None:
     about = {
         "specs": list(SPECS),
         "threads": given.threads,
-        "machine": platform.processor() or platform.machine(),
+        "provenance": describe(threads=given.threads),
         "torch": torch.__version__,
         "aim": AIM,
     }

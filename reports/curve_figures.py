@@ -21,6 +21,7 @@ from recollect.reports.drawing import (
     memory_title,
     tips,
 )
+from recollect.reports.pareto import pareto_front
 
 if TYPE_CHECKING:
     from recollect.reports.analysis import Analysis
@@ -40,17 +41,22 @@ def curves(analysis: Analysis, backends: Sequence[str]) -> Figure | None:
     for size in analysis.results.memory_sizes:
         here = [r for r in records if r["size"] == size]
         base = alt.Chart(data(here)).encode(x=x, y=y, color=style.colour)
-        lines = base.mark_line(strokeWidth=1.6).encode(detail="build:N", order="ms:Q", opacity=style.opacity(0.75))
-        points = base.mark_point(filled=True, size=45).encode(
-            shape=style.shape, opacity=style.opacity(), tooltip=tips(*TIPS)
-        )
-        panels.append(alt.layer(lines, points).properties(height=HEIGHT + 30, title=memory_title(size)))
+        best = [r for build in dict.fromkeys(r["build"] for r in here) for r in _own_front(here, build)]
+        for entry in here:
+            entry["best"] = entry in best
+        lines = base.transform_filter("datum.best").mark_line(strokeWidth=1.6)
+        lines = lines.encode(detail="build:N", order="ms:Q", opacity=style.opacity(0.75))
+        marks = base.encode(shape=style.shape, tooltip=tips(*TIPS))
+        beaten = marks.transform_filter("!datum.best").mark_point(size=30).encode(opacity=style.opacity(0.45))
+        points = marks.transform_filter("datum.best").mark_point(filled=True, size=50).encode(opacity=style.opacity())
+        panels.append(alt.layer(lines, beaten, points).properties(height=HEIGHT + 30, title=memory_title(size)))
     builds = {(r["build"], r["size"]) for r in records}
     return Figure(
         "curves",
         "Recall against search time",
-        "Each line is one built index, searched with one search option after another: nothing was built anew. Left is "
-        "quicker, up finds more; upper left is best. The axis of recall is stretched towards 1, that of time is "
+        "Each line is one built index, searched with one search option after another: nothing was built anew. It joins "
+        "the settings that no other of the same index beats; hollow marks are those that one does. Upper left is best: "
+        "quick and complete. The axis of recall is stretched towards 1, that of time is "
         "logarithmic. All settings of an index were timed in turns beside exact search.",
         f"{len(records)} points on {len(builds)} curves in {len(panels)} panels, one per memory size; the table of "
         "quickest specs for a wanted recall follows, and curves.csv holds every point.",
@@ -58,6 +64,10 @@ def curves(analysis: Analysis, backends: Sequence[str]) -> Figure | None:
         tuple(b for b in backends if any(r["backend"] == b for r in records)),
         short="Curves",
     )
+
+
+def _own_front(records: Sequence[Record], build: str) -> list[Record]:
+    return pareto_front((r for r in records if r["build"] == build), lambda r: r["ms"], lambda r: r["missed"])
 
 
 def front(analysis: Analysis, backends: Sequence[str], field: str) -> Figure | None:

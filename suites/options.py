@@ -7,7 +7,7 @@ from pathlib import Path
 
 MEMORY_SIZES: tuple[int, ...] = (512, 2048, 8192)
 CROSSOVER_SIZES: tuple[int, ...] = (16384, 32768, 65536)
-CURVE_SECONDS = 2.0
+CURVE_SECONDS = 1.5
 
 
 class CompareError(ValueError):

@@ -27,7 +27,10 @@ from .measure import spread, steady_segments
 from .workload import Workload
 
 BATCHES = 4
-"""Segments whose queries are searched, spread over those at which the memories are full."""
+"""Segments whose queries are searched, spread over the last ones at which the memories are full."""
+
+WINDOW = 16
+"""Those are so many segments, or as many as refill the memories twice: what comes before need not be replayed."""
 
 ROUNDS = 3
 """Timed searches of each setting for each of them."""
@@ -98,11 +101,14 @@ def measure_workload_curve(
         "device": settings.device,
         "seed": settings.seed + workload.model.config.memory_layers[0],
     }
-    chosen = spread(steady_segments(workload, memory_size)[1].nonzero().flatten().tolist(), BATCHES)
-    first, last = _first_needed(recording, min(chosen)), max(chosen)
+    turnover = -(-memory_size // text.segment_length)  # segments that refill a memory
+    steady = steady_segments(workload, memory_size)[1].nonzero().flatten().tolist()
+    chosen = spread(steady[-max(WINDOW, 2 * turnover) :], BATCHES)
+    first, last = _first_needed(recording, min(chosen), 2 * turnover), max(chosen)
     meter = CurveMeter(workload.k, rounds=ROUNDS, rows=text.rows)
     wanted: list[Settings] = []
-    spent, used = 0.0, 0
+    spent: float = 0.0
+    used: list[int] = []
     with make_backend(build, **shape) as backend, make_backend("exact", **shape) as exact:
         for number in range(first, last + 1):
             starting = recording.document_starts[number].repeat_interleave(recording.heads).nonzero().flatten()
@@ -116,7 +122,8 @@ def measure_workload_curve(
                 if not wanted:
                     wanted = choose_settings(backend, queries, truth, workload.k, specs)
                 meter.measure(backend, queries, truth, wanted, exact=exact)
-                spent, used = spent + time.perf_counter() - start, used + 1
+                spent += time.perf_counter() - start
+                used.append(number)
             for memory in (backend, exact):
                 memory.add(recording.keys[number].to(memory.device))
             if on_step is not None:
@@ -137,11 +144,11 @@ def measure_workload_curve(
     }
 
 
-def _first_needed(recording: Recording, segment: int) -> int:
-    """The first segment whose keys are still in memory at `segment`: the earliest start of a document read there."""
+def _first_needed(recording: Recording, segment: int, most: int) -> int:
+    """Where to begin, that the memories at `segment` hold what they must: with the documents, or `most` before it."""
     begun = recording.document_starts[: segment + 1]  # (S', B)
     numbers = torch.arange(len(begun))[:, None].expand_as(begun)
-    return int(numbers.masked_fill(~begun, 0).max(0).values.min())
+    return max(int(numbers.masked_fill(~begun, 0).max(0).values.min()), segment - most)
 
 
 def _truth(workload: Workload, recording: Recording, memory_size: int, number: int) -> Truth:
