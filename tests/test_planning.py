@@ -97,6 +97,7 @@ class TestPlans:
         # m = 64 / 4 codes of a byte, an id and a place; a thousand cells; the codebook.
         assert ivfpq.index_bytes is not None
         assert ivfpq.index_bytes >= 16 * (10**6 * (16 + 8 + 8) + 1000 * 256 + 256 * 256)
+        assert ivfpq.standing_bytes == 0, "as the points have it"
         assert ivfpq.fits[0].memory_bytes == keys * 256 + keys * 128 + ivfpq.index_bytes
 
     @pytest.mark.parametrize("spec", ["faiss-ivf", "faiss-ivfpq", "hnswlib", "faiss-hnsw", "scann", "rerank"])

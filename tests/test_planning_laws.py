@@ -31,8 +31,8 @@ def points(law, noise: float = 0.0, dims: tuple[int, ...] = (64,)) -> list[tuple
 def test_a_known_law_comes_back(law, terms) -> None:  # type: ignore[no-untyped-def]
     found = fit_law(points(law), terms).at(10**9, 64)
     assert found.value == pytest.approx(law(10**9), rel=1e-3)
-    assert found.low == pytest.approx(found.value, rel=0.01)
-    assert found.high == pytest.approx(found.value, rel=0.01)
+    assert found.low == pytest.approx(found.value, rel=0.07)
+    assert found.high == pytest.approx(found.value, rel=0.07)
     assert found.beyond == pytest.approx(10**9 / SIZES[-1])
 
 

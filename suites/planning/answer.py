@@ -66,6 +66,7 @@ class BackendPlan:
         spec: canonical registry string.
         index_bytes: of main memory at most, also while indexes are built; None where nobody can say.
         index_known_by: "formula" or "measured".
+        standing_bytes: of indexes that stand built, by what was measured; None where nothing was.
         fits: every way that the backend can keep its keys, the plain one first.
         cost: times for all memories; None where they were not measured.
         reason: why there are none.
@@ -75,6 +76,7 @@ class BackendPlan:
     spec: str
     index_bytes: int | None
     index_known_by: str
+    standing_bytes: int | None
     fits: tuple[Fit, ...]
     cost: MemoryCost | None
     reason: str

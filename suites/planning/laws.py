@@ -43,6 +43,9 @@ NOISE = 0.01
 VANISHING = 0.02
 """Share of a cost, at most, below which a term that must be there is taken to be lost in the noise."""
 
+LEAST_SPREAD = 0.03
+"""No time is told more closely: a few points may lie on a law by chance."""
+
 POWER_OF_DIM = 1.0
 """The power of D where all points have one D: what reading a key costs."""
 
@@ -99,7 +102,7 @@ class Law:
         """The law's value with its range."""
         value = self.value(keys, dim)
         allowed = [value, *(self.value(keys, dim, weights) for weights in self.others)]
-        scatter = math.exp(2 * self.spread)
+        scatter = math.exp(2 * max(self.spread, LEAST_SPREAD))
         return Estimate(value, min(allowed) / scatter, max(allowed) * scatter, max(1.0, keys / self.largest))
 
     def __str__(self) -> str:

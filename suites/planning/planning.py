@@ -11,7 +11,7 @@ import dataclasses
 from .amounts import PlanError
 from .answer import BackendPlan, Fit, MemoryCost, Plan
 from .calibration import Calibration, Point
-from .growth import KEYS, growth_of
+from .growth import KEYS, SQRT, growth_of
 from .laws import Law, fit_law
 from .needed_bytes import bytes_of, placements_of
 from .question import Question
@@ -88,15 +88,16 @@ def _plan_backend(spec: str, question: Question, calibration: Calibration) -> Ba
     except PlanError as error:
         cost, reason = None, str(error)
     values = _value_bytes(question)
+    standing = _standing_index(calibration.of(spec), question)
     fits, known_by, index = [], "formula", None
     for placement in placements_of(spec):
         planned = bytes_of(spec, placement, memories=question.memories, keys=question.keys, dim=question.dim)
         index = planned.index
         if index is None:
-            index, known_by = _measured_index(calibration.of(spec), question), "measured"
+            index, known_by = standing, "measured"
         memory = planned.keys + values[0] + (index or 0)
         fits.append(Fit(placement, memory, planned.mapped + values[1], memory <= question.machine_bytes))
-    return BackendPlan(spec, index, known_by, tuple(fits), cost, reason, growth_of(spec).words)
+    return BackendPlan(spec, index, known_by, standing, tuple(fits), cost, reason, growth_of(spec).words)
 
 
 def _for_all(one: MemoryCost, memories: int) -> MemoryCost:
@@ -106,11 +107,11 @@ def _for_all(one: MemoryCost, memories: int) -> MemoryCost:
     )
 
 
-def _measured_index(points: list[Point], question: Question) -> int | None:
+def _standing_index(points: list[Point], question: Question) -> int | None:
     if points and not any(point.index_bytes for point in points):
         return 0
     try:
-        law = fit_law([(point.keys, point.dim, float(point.index_bytes)) for point in points], (KEYS,))
+        law = fit_law([(point.keys, point.dim, float(point.index_bytes)) for point in points], (KEYS, SQRT))
     except PlanError:
         return None
     return round(law.value(question.keys, question.dim)) * question.memories

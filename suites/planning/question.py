@@ -57,6 +57,11 @@ class Question:
         return self.heads * self.layers * self.batch
 
     @property
+    def memories_text(self) -> str:
+        """M in words."""
+        return f"{self.memories:,} {'memory' if self.memories == 1 else 'memories'}"
+
+    @property
     def all_keys(self) -> int:
         """Keys of all memories together."""
         return self.memories * self.keys

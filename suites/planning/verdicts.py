@@ -20,7 +20,7 @@ def verdicts_of(plan: Plan) -> Iterator[str]:
     asked = plan.question
     keys = {storage: plan.key_bytes[str(Placement(storage))][0] for storage in ("float32", "bfloat16", "int8")}
     yield (
-        f"{asked.memories:,} memories of {asked.keys:,} keys are {asked.all_keys:,} keys of dimension {asked.dim}: "
+        f"{asked.memories_text} of {asked.keys:,} keys: {asked.all_keys:,} keys of dimension {asked.dim} take "
         f"{', '.join(f'{bytes_text(size)} as {storage}' for storage, size in keys.items())}; "
         f"values beside them {bytes_text(sum(plan.value_bytes))} ({asked.values})"
     )
@@ -126,7 +126,7 @@ def assumptions_of(plan: Plan, calibration: Calibration) -> Iterator[str]:
         "as a text's do"
     )
     yield (
-        f"a step asks {asked.queries:,} queries of each of {asked.memories:,} full memories and appends as many keys; "
+        f"a step asks {asked.queries:,} queries of each memory ({asked.memories_text}, full) and appends as many keys; "
         "memories are taken to cost the same one after another on those threads as one does"
     )
     yield (
@@ -154,6 +154,11 @@ def assumptions_of(plan: Plan, calibration: Calibration) -> Iterator[str]:
         groups.setdefault(one.growth, []).append(one.spec)
     for words, specs in groups.items():
         yield f"{', '.join(specs)}: {words}"
-    unknown = [one.spec for one in plan.backends if one.index_bytes is None]
-    if unknown:
-        yield f"the index of {', '.join(unknown)} is not known beforehand and not counted"
+    for known_by, words in (("none", "is not known beforehand and not counted"), ("measured", "counts as it stands")):
+        named = [
+            one.spec
+            for one in plan.backends
+            if (one.index_known_by if one.index_bytes is not None else "none") == known_by
+        ]
+        if named:
+            yield f"the index of {', '.join(named)} {words}, not what building it takes"

@@ -21,7 +21,7 @@ def show_plan(plan: Plan, console: Console) -> None:
         console.print(f"[bold yellow]{escape(warning)}[/]", highlight=False)
     asked = plan.question
     title = (
-        f"{asked.memories:,} memories of {asked.keys:,} keys, dimension {asked.dim}, "
+        f"{asked.memories_text} of {asked.keys:,} keys, dimension {asked.dim}, "
         f"{asked.queries:,} queries and new keys a step, k {asked.k}"
     )
     console.print(f"\n[bold]{title}[/]\n", highlight=False)
@@ -49,14 +49,15 @@ def _bytes(plan: Plan) -> Table:
     from recollect.suites.planning.amounts import bytes_text
 
     table = Table(title=f"Main memory of each backend, of {bytes_text(plan.question.machine_bytes)} that there are")
-    for heading in ("backend", "index, also while built", "keys, values and index", "at least", "by"):
+    for heading in ("backend", "index", "while it is built", "keys, values, index", "at least", "by"):
         table.add_column(heading, justify="left" if heading in ("backend", "by") else "right", overflow="fold")
     for one in plan.backends:
         plain, least = one.fits[0], one.least
-        index = "unknown" if one.index_bytes is None else bytes_text(one.index_bytes)
+        known = one.index_known_by == "formula" and one.index_bytes is not None
         table.add_row(
             escape(one.spec),
-            index + (" (measured)" if one.index_known_by == "measured" and one.index_bytes is not None else ""),
+            "not measured" if one.standing_bytes is None else bytes_text(one.standing_bytes),
+            f"at most {bytes_text(one.index_bytes or 0)}" if known else "unknown",
             f"{bytes_text(plain.memory_bytes)}{'' if plain.fits else ', too much'}",
             f"{bytes_text(least.memory_bytes)}{'' if least.fits else ', too much'}",
             str(least.placement),
