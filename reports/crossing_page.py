@@ -152,6 +152,12 @@ def notes(results: CrossoverResults) -> list[str]:
             "theirs. Where a step's queries are so few that the cost of a call decides, that is not so, and those "
             "sizes were left out."
         )
+    short = [index for index, reason in run.get("stopped", {}).items() if "into the time" in reason]
+    if short:
+        found.append(
+            f"Larger memories were not tried for lack of time or of memory: {', '.join(f'`{one}`' for one in short)}. "
+            "With more `--minutes` the same command goes on from here."
+        )
     missing = run.get("not_installed") or {}
     if missing:
         found.append("Not measured: " + "; ".join(str(reason) for reason in missing.values()))

@@ -45,6 +45,7 @@ class IndexCrossing:
         crossing: of the sizes at which the recall was reached.
         recall: at the largest measured size: of the options that were timed, or the most that any found.
         largest: the largest size that was measured.
+        was_clearly_quicker: at some size the whole interval of the ratio lay below 1.
         stopped: why no larger one was.
     """
 
@@ -54,7 +55,13 @@ class IndexCrossing:
     crossing: Crossing
     recall: float
     largest: int
+    was_clearly_quicker: bool
     stopped: str
+
+    @property
+    def certain(self) -> bool:
+        """It overtakes, and from some measured size on the whole interval says so."""
+        return self.crossing.overtakes and self.crossing.high is not None
 
     def as_json(self) -> dict[str, Any]:
         """A plain dictionary."""
@@ -106,7 +113,7 @@ class CrossoverResults:
         return sorted((point for point in self.points if point["index"] == index), key=lambda point: point["size"])
 
     def crossings(self, case: Case) -> tuple[IndexCrossing, ...]:
-        """One for each index; those that overtake come first, the earliest at the top."""
+        """One for each index; those that overtake come first, the certain ones by size at the top."""
         found = [self._crossing(case, index) for index in self.indexes]
         return tuple(sorted(found, key=_rank))
 
@@ -121,7 +128,14 @@ class CrossoverResults:
         crossing = find_crossing(ratios) if last["spec"] is not None else Crossing("recall not reached")
         stopped = str(self.run.get("stopped", {}).get(index, ""))
         return IndexCrossing(
-            case, index, str(points[-1]["backend"]), crossing, float(last["recall"]), int(rows[-1][0]), stopped
+            case,
+            index,
+            str(points[-1]["backend"]),
+            crossing,
+            recall=float(last["recall"]),
+            largest=int(rows[-1][0]),
+            was_clearly_quicker=any(ratio.high < 1 for ratio in ratios),
+            stopped=stopped,
         )
 
     def rows(self) -> list[dict[str, Any]]:
@@ -173,8 +187,8 @@ def sized_ratio(size: int, row: Mapping[str, Any], *, appends: bool) -> SizedRat
 def _rank(found: IndexCrossing) -> tuple[float, float, str]:
     crossing = found.crossing
     if crossing.overtakes:
-        return 0.0, crossing.size or 0.0, found.index
-    return 1.0, crossing.ratio.value if crossing.ratio else float("inf"), found.index
+        return float(not found.certain), crossing.size or 0.0, found.index
+    return 2.0, crossing.ratio.value if crossing.ratio else float("inf"), found.index
 
 
 # Sentences ---------------------------------------------------------------------------------------------------------
@@ -201,6 +215,12 @@ def _verdict(crossings: Sequence[IndexCrossing]) -> str:
             f"already at {found.smallest:,} keys, the smallest memory measured, `{first.index}` is quicker than exact"
         )
         text += f" search{'' if found.high == found.smallest else ', though not beyond the noise there'}. "
+    elif any(one.crossing.overtakes and (one.crossing.size or 0) < found.size for one in crossings):
+        # Others may be quicker at smaller sizes, as far as noise lets see.
+        text = (
+            f"from about {rounded(found.size)} keys on{_interval(found)} `{first.index}` is quicker than exact search; "
+        )
+        text += "below that no index is, beyond the noise. "
     else:
         text = f"up to about {rounded(found.size)} keys exact search is quicker than every index measured"
         text += f"{_interval(found)}; from there on `{first.index}` is quicker. "
@@ -220,13 +240,13 @@ def _nobody(crossings: Sequence[IndexCrossing]) -> str:
     nearest = reaching[0]
     ratio = nearest.crossing.ratio
     assert ratio is not None
-    text = (
-        f"no index overtakes exact search up to the largest memory it was measured at; `{nearest.index}` comes nearest"
-    )
-    text += f" with {_ratio(ratio)} the time of exact search at {ratio.size:,} keys"
-    lasting = [one.index for one in reaching if one.crossing.outcome == "not lasting"]
-    if lasting:
-        text += f" (quicker at some smaller memories, which did not last: {', '.join(f'`{one}`' for one in lasting)})"
+    sizes = sorted({one.largest for one in crossings})
+    reach = f"{sizes[0]:,} keys" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,} keys, by index"
+    text = f"no index overtakes exact search as far as it was measured ({reach}); `{nearest.index}` comes nearest with "
+    text += f"{_ratio(ratio)} the time of exact search at {ratio.size:,} keys"
+    lost = [one.index for one in reaching if one.crossing.outcome == "not lasting" and one.was_clearly_quicker]
+    if lost:
+        text += f" (quicker at some smaller memories, which did not last: {', '.join(f'`{one}`' for one in lost)})"
     return text + "."
 
 

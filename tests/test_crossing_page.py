@@ -36,7 +36,7 @@ def test_the_earliest_index_is_named_with_size_and_interval(tmp_path: Path) -> N
     [
         (
             lambda size, recall: 2.0,
-            "no index overtakes exact search up to the largest memory it was measured at",
+            "no index overtakes exact search as far as it was measured (8,192 keys); `scann`",
         ),
         (lambda size, recall: 0.5, "already at 512 keys, the smallest memory measured, `scann` is quicker than exact"),
         (
@@ -51,6 +51,14 @@ def test_the_earliest_index_is_named_with_size_and_interval(tmp_path: Path) -> N
 def test_every_outcome_has_its_words(tmp_path: Path, ratio: Any, said: str) -> None:
     results = load_crossover(made_results(tmp_path, {"scann": ratio}))
     assert said in answers(results, [Case(512, 0.95, False)])[0]
+
+
+def test_what_is_certain_is_named_before_what_may_be(tmp_path: Path) -> None:
+    maybe = {"approx-topk": lambda size, recall: 0.99, "scann": lambda size, recall: 1500 / size}
+    results = load_crossover(made_results(tmp_path, maybe))
+    said = answers(results, [Case(512, 0.95, False)])[0]
+    assert "from about 1,500 keys on (interval 1,400 to 1,600) `scann` is quicker than exact search; below" in said
+    assert "beyond the noise" in said
 
 
 def test_every_figure_is_in_the_table(tmp_path: Path) -> None:
