@@ -172,7 +172,7 @@ class KeyRing:
         if together and torch.equal(memories, torch.arange(len(into))):
             into[:, first : first + run] = rows
         else:
-            into[memories.to(device)[:, None], slots.to(device)] = rows
+            into[memories.to(device, non_blocking=True)[:, None], slots.to(device, non_blocking=True)] = rows
 
     def gather(self, slots: Tensor, memories: Tensor) -> Tensor:
         """Keys (M', Q, K, D) float32 at slots (M', Q, K) of `memories` (M',); zeros where the slot is -1."""
@@ -187,7 +187,8 @@ class KeyRing:
             if self.scales is not None:
                 gathered *= self.scales.flatten().index_select(0, flat)[:, None]
         gathered = gathered.view(*slots.shape, rows.shape[-1])
-        if bool((slots < 0).any()):
+        # Asking whether there is any would wait for a device.
+        if device.type != "cpu" or bool((slots < 0).any()):
             gathered = gathered.masked_fill((slots < 0)[..., None], 0.0)
         return gathered
 

@@ -6,6 +6,7 @@ Letters as in `base`.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,8 +19,12 @@ from recollect.memory_backends.triton_topk import (
     LARGEST_K,
     MOST_KEYS,
     Shape,
+    shape_for,
     triton_topk,
 )
+
+PlainSearch = Callable[[Tensor, list[int], list[int]], tuple[Tensor, Tensor]]
+"""From queries (G, Q, D), memories and lengths to scores and slots (G, Q, k)."""
 
 OLDEST_CARD = (8, 0)
 """Compute capability from which Triton's matrix products of these types run on matrix units."""
@@ -72,32 +77,59 @@ class FusedSearch:
         """As a backend's `_reset`."""
         self.keys.reset(memories)
 
-    def serves(self, lengths: list[int], k: int) -> bool:
-        """Whether this search is worth its launches: every memory that holds keys holds many."""
-        return k <= LARGEST_K and min((length for length in lengths if length), default=0) >= FEWEST_KEYS
+    @property
+    def fewest(self) -> int:
+        """Keys that a memory must hold to be searched so: below a quarter of the capacity its blocks are too few."""
+        return max(FEWEST_KEYS, self.ring.capacity // 4)
 
     def search(
         self,
         queries: Tensor,
         k: int,
-        memories: Tensor,
+        memories: list[int],
         lengths: list[int],
+        plain: PlainSearch,
         *,
-        shape: Shape | None = None,
+        shape: Callable[[list[int]], Shape | None] | None = None,
         open_blocks: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """As a backend's `_search`; `shape` and `open_blocks` as for `triton_topk`."""
-        return triton_topk(
-            self.keys,
-            self.ring,
-            queries,
-            k,
-            memories.tolist(),
-            lengths,
-            guard=self.guard,
-            shape=shape,
-            open_blocks=open_blocks,
-        )
+        """As a backend's `_search`: memories with enough keys by the kernels, the others by `plain`.
+
+        Args:
+            queries: (M', Q, D) float32 on the ring's device.
+            k: at least 1.
+            memories, lengths: M' numbers.
+            plain: takes queries, memories and lengths of some rows, and answers as a backend's `_search`.
+            shape: from the lengths searched, how keys are cut up, None to leave it to `plain`; by `shape_for` the
+                capacity when None, so that kernels are compiled once.
+            open_blocks: as for `triton_topk`.
+        """
+        long = [row for row, length in enumerate(lengths) if length >= self.fewest]
+        if not long or k > LARGEST_K or not queries.shape[1]:
+            return plain(queries, memories, lengths)
+        chosen: Shape | None
+        if shape is None:
+            chosen = shape_for(self.ring.capacity, k, self.keys.first_pass, guard=self.guard, fewest=self.fewest)
+        else:
+            chosen = shape([lengths[row] for row in long])
+        if chosen is None:
+            return plain(queries, memories, lengths)
+
+        def fused(asked: Tensor, which: list[int], alive: list[int]) -> tuple[Tensor, Tensor]:
+            return triton_topk(
+                self.keys, self.ring, asked, k, which, alive, guard=self.guard, shape=chosen, open_blocks=open_blocks
+            )
+
+        if len(long) == len(lengths):
+            return fused(queries, memories, lengths)
+        short = [row for row in range(len(lengths)) if lengths[row] < self.fewest]
+        scores = torch.empty(*queries.shape[:2], k, device=queries.device)
+        slots = torch.empty(scores.shape, dtype=torch.int64, device=queries.device)
+        for rows, search in ((long, fused), (short, plain)):
+            at = torch.tensor(rows).to(queries.device, non_blocking=True)
+            some = search(queries[at], [memories[row] for row in rows], [lengths[row] for row in rows])
+            scores[at], slots[at] = some
+        return scores, slots
 
 
 __all__ = ["FusedSearch", "usable"]

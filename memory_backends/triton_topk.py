@@ -81,8 +81,10 @@ class Shape:
         return self.singles + self.opened * self.rounds
 
 
-def shape_for(keys: int, k: int, first_pass: FirstPass = "float16", *, guard: bool = True) -> Shape:
-    """The shape for so many keys and neighbours.
+def shape_for(
+    keys: int, k: int, first_pass: FirstPass = "float16", *, guard: bool = True, fewest: int | None = None
+) -> Shape:
+    """The shape for at most `keys` keys and k neighbours, with room for what `fewest` keys leave (`keys` when None).
 
     Enough blocks that the best keys seldom share one: of c keys that fall into N blocks at random, c^2 / 2N pairs do.
     """
@@ -91,7 +93,7 @@ def shape_for(keys: int, k: int, first_pass: FirstPass = "float16", *, guard: bo
     while keys > MOST_BLOCKS * rounds:
         rounds *= 2
     candidates = k * (SINGLES[first_pass] if guard else 1.25 * OVERSAMPLED)
-    pairs = candidates**2 / (2 * max(1, keys // rounds))
+    pairs = candidates**2 / (2 * max(1, (fewest or keys) // rounds))
     return Shape(rounds, power_of_two(int(candidates) + 32), power_of_two(int(4 + 2 * min(pairs, 1024 / rounds))))
 
 
@@ -206,7 +208,8 @@ class _Search:
         firsts = torch.empty(group, count, blocks, device=device)
         seconds = torch.empty_like(firsts) if self.open_blocks else firsts
         some = firsts  # stands where a kernel is given no such tensor
-        _scan(interpreted())[_scan_grid(count, blocks, group)](
+        scan, tiles = _scan()
+        scan[_scan_grid(count, blocks, group)](
             codes.contiguous(),
             keys.images,
             some if scales is None else scales.contiguous(),
@@ -228,7 +231,7 @@ class _Search:
             QUANTISED=keys.first_pass == "int8",
             HAS_BIAS=keys.bias is not None,
             UPCAST=interpreted(),
-            **(INTERPRETED_TILES if interpreted() else {}),
+            **tiles,
         )
         singles = torch.empty(group * count, shape.singles, dtype=torch.int32, device=device)
         opened = torch.empty(group * count, shape.opened, dtype=torch.int32, device=device)
@@ -307,6 +310,10 @@ def _on_device(
 
 # Tiles of the scan ----------------------------------------------------------------------------------------------------
 
+TUNED = True
+"""Whether a card tries the `TILES` at its first search, which takes some 20 seconds; False takes one that fits all."""
+
+UNTUNED_TILES = {"BLOCK_Q": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 INTERPRETED_TILES = {"BLOCK_Q": 64, "BLOCK_N": 128}
 
 TILES = (
@@ -333,22 +340,29 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def _scan(as_is: bool) -> Any:
-    """The scan: as it is in the interpreter, with its tiles tuned on a card. The choice is kept on disk."""
+def _tuned_scan() -> Any:
+    """The scan with its tiles tuned on the card it runs on. The choice is kept on disk."""
     import triton
 
     from recollect.memory_backends.triton_kernels import scan_blocks
 
-    if as_is:
-        return scan_blocks
     configurations = [
         triton.Config({"BLOCK_Q": queries, "BLOCK_N": blocks}, num_warps=warps, num_stages=stages)
         for queries, blocks, warps, stages in TILES
     ]
-    tuned_by = ["HINT", "P", "ROUNDS", "SECOND", "HAS_SCALES", "HAS_BIAS"]
+    tuned_by = ["HINT", "P", "SECOND", "HAS_SCALES", "HAS_BIAS"]
     return triton.autotune(
         configurations, key=tuned_by, prune_configs_by={"early_config_prune": _prune}, cache_results=True
     )(scan_blocks)
+
+
+def _scan() -> tuple[Any, dict[str, int]]:
+    """The scan and the tile sizes that it must be given: none where they are tuned."""
+    from recollect.memory_backends.triton_kernels import scan_blocks
+
+    if interpreted():
+        return scan_blocks, INTERPRETED_TILES
+    return (_tuned_scan(), {}) if TUNED else (scan_blocks, UNTUNED_TILES)
 
 
 def _prune(configurations: list[Any], named: dict[str, Any], **others: Any) -> list[Any]:

@@ -50,6 +50,14 @@ class Held:
         kept = slots[:, -min(slots.shape[1], self.ring.capacity) :]
         self.fused.add(keys[:, -kept.shape[1] :], kept, which)
 
+    def search(
+        self, queries: Tensor, k: int, lengths: list[int], shape: Shape | None, *, open_blocks: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        fused, which = self.fused, list(range(len(queries)))
+        return triton_topk.triton_topk(
+            fused.keys, self.ring, queries, k, which, lengths, guard=fused.guard, shape=shape, open_blocks=open_blocks
+        )
+
     def check(self, queries: Tensor, k: int, shape: Shape | None, lengths: list[int] | None = None) -> list[int]:
         """The answer is the oracle's: the same scores, of the slots that are named. Counts queries left to torch."""
         lengths = self.ring.lengths.tolist() if lengths is None else lengths
@@ -62,7 +70,7 @@ class Held:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(triton_topk, "search_ring", counted)
-            scores, slots = self.fused.search(queries, k, torch.arange(len(queries)), lengths, shape=shape)
+            scores, slots = self.search(queries, k, lengths, shape)
         for memory, length in enumerate(lengths):
             keys = self.ring.chunk(memory, 0, length).double()
             asked = queries[memory].double()
@@ -211,7 +219,7 @@ def test_without_the_margin_recall_is_high_but_not_whole() -> None:
     found = {}
     for first_pass in ("float8", "float16"):
         held = Held(keys, 4096, first_pass=first_pass, guard=False)
-        slots = held.fused.search(queries, 16, torch.arange(1), [4096], shape=Shape(8, 128, 16))[1]
+        slots = held.search(queries, 16, [4096], Shape(8, 128, 16))[1]
         found[first_pass] = (slots[..., None] == true[..., None, :]).any(-1).float().mean()
     assert found["float16"] == 1
     assert 0.9 < found["float8"] <= 1
@@ -220,9 +228,7 @@ def test_without_the_margin_recall_is_high_but_not_whole() -> None:
 def test_one_key_of_each_block_has_the_recall_of_the_formula() -> None:
     keys, queries, rounds, k = vectors(2, 4096, 16), vectors(2, 24, 16, seed=1), 8, 32
     held = Held(keys, 4096)
-    scores, slots = held.fused.search(
-        queries, k, torch.arange(2), [4096] * 2, shape=Shape(rounds, 128, 1), open_blocks=False
-    )
+    scores, slots = held.search(queries, k, [4096] * 2, Shape(rounds, 128, 1), open_blocks=False)
     true = (queries @ keys.mT).topk(k).values
     recall = float((scores >= true[..., -1:] - 1e-5).float().mean())
     assert abs(recall - expected_recall(4096 // rounds, k, 4096)) < 0.01
@@ -236,7 +242,7 @@ def test_shapes_leave_room(keys: int, k: int) -> None:
         shape = shape_for(keys, k, first_pass)
         assert shape.singles >= k
         assert keys // shape.rounds <= triton_topk.MOST_BLOCKS
-        assert keys // shape.rounds >= 2 * triton_topk.OVERSAMPLED * k or keys == 4096
+        assert keys // shape.rounds >= 2 * triton_topk.OVERSAMPLED * k
         assert shape.width <= 8192
     # Maxima of the largest search that is named in the documentation, over its scores.
     begin, end = triton_topk._groups(64, 512, keys, shape_for(keys, k))[0]
@@ -252,31 +258,33 @@ def test_a_backend_uses_it_where_it_can(metric: str, monkeypatch: pytest.MonkeyP
     backend = make_backend("exact", **settings)
     assert plain.fused is None
     assert backend.stats().index_bytes == backend.fused.nbytes > 0
-    lengths_served: list[int] = []
-    search = backend.fused.search
+    served: list[list[int]] = []
+    search = triton_search.triton_topk
 
-    def noted(queries: Tensor, k: int, memories: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
-        lengths_served.append(max(lengths))
-        return search(queries, k, memories, lengths)
+    def noted(
+        keys: Any, ring: Any, queries: Tensor, k: int, memories: list[int], lengths: list[int], **more: Any
+    ) -> Any:
+        served.append([*memories, *lengths])
+        return search(keys, ring, queries, k, memories, lengths, **more)
 
-    monkeypatch.setattr(backend.fused, "search", noted)
+    monkeypatch.setattr(triton_search, "triton_topk", noted)
     queries = vectors(2, 3, 16, seed=1)
 
-    def agree(memories: list[int]) -> None:
-        one, other = (memory.search(queries[memories], 12, memories=memories) for memory in (backend, plain))
+    def agree() -> None:
+        one, other = (memory.search(queries, 12) for memory in (backend, plain))
         torch.testing.assert_close(one.scores, other.scores, rtol=1e-4, atol=1e-5)
         assert (one.slots == other.slots).float().mean() > 0.95
 
     for step in vectors(2, 1300, 16).split(400, dim=1):
         for memory in (backend, plain):
             memory.add(step)
-        agree([0, 1])
-    assert lengths_served == [800, 900, 900]  # not while there were fewer than FEWEST_KEYS
+        agree()
+    assert served == [[0, 1, 800, 800], [0, 1, 900, 900], [0, 1, 900, 900]]  # not with fewer than FEWEST_KEYS
     for memory in (backend, plain):
-        memory.reset([1])
-        memory.add(vectors(1, 600, 16, seed=5), memories=[1])
-    agree([1])
-    assert lengths_served[-1] == 600
+        memory.reset([0])
+        memory.add(vectors(1, 300, 16, seed=5), memories=[0])
+    agree()
+    assert served[3:] == [[1, 900]]  # the other memory is too short
 
 
 @pytest.mark.parametrize("first_pass", ["float16", "int8"])

@@ -182,16 +182,20 @@ class ApproxTopK(MemoryBackend):
                 f"k is {k}, but 'approx-topk' has buckets={self.options.buckets} and finds one neighbour in each: "
                 "give at least k buckets"
             )
-        if self.fused is not None and self.fused.serves(lengths, k):
-            shortest = min(length for length in lengths if length)
-            shape = _fused_shape(shortest, max(lengths), k, self._buckets(k, shortest))
-            if shape is not None:
-                return self.fused.search(queries, k, memories, lengths, shape=shape, open_blocks=False)
         found = self._from_exact(queries, k, memories, lengths)
         if found is not None:
             return found
         select = partial(_select, options=self.options)
-        return search_ring(self.ring, queries, k, memories, lengths, self.metric, select=select)
+
+        def plain(asked: Tensor, which: list[int], alive: list[int]) -> tuple[Tensor, Tensor]:
+            return search_ring(self.ring, asked, k, which, alive, self.metric, select=select)
+
+        def shape(alive: list[int]) -> Shape | None:
+            return _fused_shape(min(alive), max(alive), k, self._buckets(k, min(alive)))
+
+        if self.fused is None:
+            return plain(queries, memories.tolist(), lengths)
+        return self.fused.search(queries, k, memories.tolist(), lengths, plain, shape=shape, open_blocks=False)
 
     def _from_exact(
         self, queries: Tensor, k: int, memories: Tensor, lengths: list[int]

@@ -47,10 +47,13 @@ class Exact(MemoryBackend):
             self.fused.add(keys, slots, memories)
 
     def _search(self, queries: Tensor, k: int, memories: Tensor) -> tuple[Tensor, Tensor]:
-        lengths = self.ring.lengths[memories].tolist()
-        if self.fused is not None and self.fused.serves(lengths, k):
-            return self.fused.search(queries, k, memories, lengths)
-        return search_ring(self.ring, queries, k, memories, lengths, self.metric)
+        def plain(asked: Tensor, which: list[int], lengths: list[int]) -> tuple[Tensor, Tensor]:
+            return search_ring(self.ring, asked, k, which, lengths, self.metric)
+
+        which, lengths = memories.tolist(), self.ring.lengths[memories].tolist()
+        if self.fused is None:
+            return plain(queries, which, lengths)
+        return self.fused.search(queries, k, which, lengths, plain)
 
     def _reset(self, memories: Tensor) -> None:
         if self.fused is not None:
