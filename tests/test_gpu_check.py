@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -20,10 +21,31 @@ def test_the_rehearsal_checks_every_backend_and_times_what_it_should() -> None:
     assert {row["status"] for row in results["backends"]} <= {"ok", "skipped"}
     assert {"plain", "joint", "hidden", "most_used", "compressive"} <= set(results["gradients"])
     assert {row["status"] for row in results["gradients"].values()} == {"ok"}
+    assert {row["status"] for row in results["kernels"]} == {"ok"}
+    assert {"inner_product", "l2"} == {row["metric"] for row in results["kernels"]}
+    assert {row["status"] for row in results["indexes"]} <= {"ok", "skipped"}
     assert results["search"][0]["milliseconds"]["exact"] > 0
-    assert set(results["training_step"]["ratio_to_no_memory"]) == {"0", "512"}
+    assert results["search"][0]["recall"]["approx-topk"] > 0.9
+    assert set(results["training_step"][0]["ratio_to_no_memory"]) == {"0", "512"}
     assert [row["family"] for row in results["attached_memory"]] == ["llama", "gpt2"]
     assert all(row["evaluation_ratio"] > 0 and row["decoding_speed"] > 0 for row in results["attached_memory"])
+
+
+def test_ratios_are_told_against_targets_where_the_sizes_are_those(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    check = importlib.import_module("gpu_check")
+    memories, keys, queries, dim = check.TARGET_SIZE
+    ratios = {"exact over bare bf16 matmul": 1.9, "faiss knn_gpu over exact": 3.0}
+    search = {"memories": memories, "keys": keys, "queries": queries, "dim": dim, "ratios": ratios}
+    step = {"compiled": True, "ratio_to_no_memory": {"0": 1.0, "8192": 1.2}}
+    results = {"search": [search], "training_step": [step, {"status": "failed", "reason": "none"}], "gradients": {}}
+    assert check.verdicts(results) == [
+        "exact over bare bf16 matmul: 1.9, at most 2: met",
+        "faiss knn_gpu over exact: 3, at least 4: missed",
+        "compiled training step, memory 8192 over none: 1.2, at most 1.15: missed",
+    ]
+    assert check.verdicts({**results, "search": [{**search, "keys": 4096}]}) == []
+    assert [line.split(":")[0] for line in check.failures(results)] == ["training_step"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
