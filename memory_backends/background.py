@@ -1,7 +1,7 @@
 """Work in the background: builds that an append starts and a later append takes in.
 
-A build is a `Job`. Builder threads run jobs one after another, the smallest first, at the lowest priority that the
-system knows (on Linux), each library inside on one thread. They start when there is work and end when there is none,
+A build is a `Job`. Builder threads run jobs one after another, the smallest first, at a lower priority than the rest
+of the process (on Linux), each library inside on one thread. They start when there is work and end when there is none,
 so importing the package starts nothing, and a process that has nothing to build has no threads to wait for.
 
 * Whoever needs a result takes it by `Job.result()`: a job that nobody has begun is then run by the caller, at the
@@ -30,8 +30,9 @@ from typing import Any, Generic, Literal, TypeVar
 from recollect.memory_backends.threads import builder_threads, enter_worker
 
 Result = TypeVar("Result")
-LOWEST_PRIORITY = 19
-"""Unix's nicest: a builder gets the time that nobody else wants, a little more where everybody wants all of it."""
+NICER = 10
+"""By how much a builder is nicer than the process: where both want a core it gets a tenth. No more, or on a machine
+that others keep busy no build would come about, and an append that needs it would wait behind everybody."""
 
 _current = threading.local()
 _counter = itertools.count()
@@ -190,6 +191,12 @@ def submit(task: Callable[[], Result], size: int) -> Job[Result]:
     return job
 
 
+def release(objects: list[Any]) -> None:
+    """Lets go of what a list holds in the background: freeing a large index takes a millisecond and more."""
+    if objects:
+        submit(objects.clear, 0)
+
+
 def finished(value: Result) -> Job[Result]:
     """A job that is done and gave `value`."""
     job = Job(lambda: value, 0)
@@ -262,4 +269,5 @@ def _lower_priority() -> None:
     # Only Linux has a priority for each thread; elsewhere this would slow the whole process down.
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+            thread = threading.get_native_id()
+            os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICER))

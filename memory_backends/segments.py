@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from recollect.memory_backends.atomic import write_json
-from recollect.memory_backends.background import Job, submit
+from recollect.memory_backends.background import Job, release, submit
 from recollect.memory_backends.base import MemoryBackend
 from recollect.memory_backends.errors import BuildFailed, CorruptMemory, InvalidSpec
 from recollect.memory_backends.locking import ReadersWriterLock
@@ -252,12 +252,16 @@ class SegmentedBackend(MemoryBackend):
         wanted = [(memory, run) for memory in due for run in serving[memory] if run not in kept[memory]]
         for (memory, run), index in zip(wanted, self._obtain(wanted), strict=True):
             kept[memory][run] = Part(run, index)
+        dropped: list[Part] = []
         for memory in due:
-            self.parts[memory] = tuple(kept[memory][run] for run in serving[memory])
+            self.parts[memory] = tuple(kept[memory].pop(run) for run in serving[memory])
+            dropped += kept[memory].values()
             self.settled[memory] = settled[memory]
             self._quiet_until[memory] = self.policy.next_change(totals[memory])
             for run in [run for run in self.jobs[memory] if run not in begun[memory]]:
                 self._abandon(self.jobs[memory].pop(run))  # taken in, or wanted no more
+        kept.clear()
+        release(dropped)
 
     def _obtain(self, wanted: list[tuple[int, Run]]) -> list[Any]:
         """The indexes over these runs: those that were begun in the background, the others built now."""

@@ -6,8 +6,8 @@ get in each other's way, so here they all follow `torch.get_num_threads()`:
 * several memories or parts are worked on at once, one thread of ours for each, and the library inside uses one
   thread. That keeps builds deterministic: a graph that several threads insert into depends on which came first;
 * a single task leaves the threads to the library itself, if the library's answer does not depend on them;
-* what is built in the background (`background`) is built on half as many threads of its own, of the lowest priority:
-  a search that wants every core gets it, and the builders get what it leaves.
+* what is built in the background (`background`) is built on half as many threads of its own, of a lower priority: a
+  search that wants every core gets most of it, and the builders get what it leaves.
 """
 
 from __future__ import annotations

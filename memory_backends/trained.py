@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from recollect.memory_backends.atomic import write_json
-from recollect.memory_backends.background import Job, checkpoint, finished, submit
+from recollect.memory_backends.background import Job, checkpoint, finished, release, submit
 from recollect.memory_backends.base import MemoryBackend
 from recollect.memory_backends.block_topk import select_top
 from recollect.memory_backends.errors import BuildFailed, CorruptMemory
@@ -388,7 +388,10 @@ class TrainedBackend(MemoryBackend):
         return index
 
     def _take_in(self, memory: int, index: Any, begun: int, keys: int) -> None:
+        old = [self.indexes[memory]]
         self.indexes[memory], self.learnt[memory], self.learnt_at[memory] = index, keys, begun
+        if keys > self.background_from:
+            release(old)
 
     def _give_up(self, memory: int) -> None:
         learning = self.learning[memory]
