@@ -49,6 +49,8 @@ LINE = 64
 """Bytes of a line of the cache."""
 ROWS_AHEAD = 8
 """Candidates ahead whose keys are asked for while one is scored."""
+HALVINGS = 10
+"""Steps in which tau is closed in on: to a thousandth of the range of a list, a fraction of its margin."""
 CODES = 127
 """Largest code of a query or key."""
 SMALLEST_SCALE = np.float32(1e-30)
@@ -150,7 +152,7 @@ def raise_tau(lists, encoded, tiles, room, q, k):  # type: ignore[no-untyped-def
         least = lists.taus[q]
         if count_reaching(numbers, count, least) < k:
             return
-    for _ in range(14):
+    for _ in range(HALVINGS):
         middle = least + (most - least) * np.float32(0.5)
         if count_reaching(numbers, count, middle) >= k:
             least = middle
@@ -298,7 +300,7 @@ def scan(keys, centre, inverses, encoded, k, order, part, parts, tiles, lists, r
             )
         if rows < TILE:
             drop_padding(lists, length)
-        if seen // parts + 1 >= following:
+        if seen // parts + 1 >= following and seen + parts < len(order):
             following *= 2
             for q in range(count):
                 raise_tau(lists, encoded, tiles, room, q, k)
