@@ -59,6 +59,7 @@ def test_backends_as_json() -> None:
 
 def test_backends_as_a_table() -> None:
     text = recollect("backends").stdout
+    assert "exact search on this CPU: " in text
     assert "hnswlib" in text
     assert "ef_search" in text
 

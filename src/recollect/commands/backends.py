@@ -14,13 +14,15 @@ from recollect.commands._printing import print_json, shown
 def backends(as_json: JsonOption = False) -> None:
     """Lists every memory backend: options with defaults, capabilities, whether its library is here.
 
+    And which kernel exact search takes on this machine's CPU.
+
     **Examples**
 
         recollect backends
 
         recollect backends --json
     """
-    from recollect.memory_backends import list_backends
+    from recollect.memory_backends import cpu_search, list_backends
 
     found = list_backends()
     if as_json:
@@ -44,3 +46,4 @@ def backends(as_json: JsonOption = False) -> None:
         here = "yes" if info.available else info.pip_command
         table.add_row(info.name, info.summary, options or "none", ", ".join(traits), here)
     Console().print(table)
+    Console().print(f"exact search on this CPU: {cpu_search.describe()}", markup=False)
