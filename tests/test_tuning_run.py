@@ -46,7 +46,7 @@ def test_a_mass_is_reached_as_cheaply_as_can_be(given: dict[str, Any], tmp_path:
         pytest.skip(describe_backend("faiss-ivf").reason)
     options = {**given, "backends": ("faiss-ivf:nlist=16",), "kind": "mass", "target": 0.8, "output": tmp_path}
     result = tune(**options)
-    assert result.spec.startswith("faiss-ivf:nlist=16,nprobe=")
+    assert result.spec.startswith("faiss-ivf:nlist=16")
     assert result.tuning["mass"]["low"] >= 0.8
     cheaper = [one for one in result.points if one["cost"] < result.tuning["cost"]]
     assert all(one["mass"]["low"] < 0.8 for one in cheaper)
@@ -70,7 +70,7 @@ def test_a_loss_is_measured_against_exact_search(given: dict[str, Any], tmp_path
     losses = {one["spec"]: one["loss"] for one in result.points if one["loss"]}
     assert losses["degraded:drop=0.0"] == pytest.approx({"value": 0, "low": 0, "high": 0}, abs=1e-6), "misses nothing"
     assert result.spec == "degraded:drop=0.0" or losses[result.spec]["high"] <= 0.0001
-    assert result.held
+    assert result.verified is not None
     for one in result.points:
         assert one["recall"]["value"] == pytest.approx(1.0 if one["spec"].endswith("0.0") else 0.5, abs=0.05)
 
