@@ -77,6 +77,7 @@ class Cell:
     reference_ms: float | None = None
     noisy: bool | None = None
     build_seconds: float | None = None
+    stalled_seconds: float | None = None
     index_bytes: float | None = None
     key_bytes: float | None = None
     bytes_per_key: float | None = None
@@ -353,6 +354,7 @@ _FIGURES = [
     "append_ms_p99",
     "reference_ms",
     "build_seconds",
+    "stalled_seconds",
     "index_bytes",
     "key_bytes",
     "bytes_per_key",

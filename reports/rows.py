@@ -56,6 +56,7 @@ COLUMNS = [
     "append_ms_p99",
     "reference_ms",
     "noisy",
+    "stalled_seconds",
 ]
 _WHOLE = ("memory_size", "k", "tokens", "seed", "searches", "index_bytes", "key_bytes")
 

@@ -94,7 +94,8 @@ class Cell:
             the segments that every row reads.
         reference_ms: median of the fixed reference operation beside the searches (see `noise`).
         noisy: it varied so much that small differences of these times mean nothing.
-        build_seconds: time spent training and building indexes, over the whole run.
+        build_seconds: time spent training and building indexes, over the whole run, in the background too.
+        stalled_seconds: of it, what appends and searches had to wait for.
         index_bytes: bytes of the indexes beside the raw keys, while the memories are fullest.
         key_bytes: bytes of the raw keys.
         bytes_per_key: both over the number of keys.
@@ -136,6 +137,7 @@ class Cell:
     reference_ms: float | None = None
     noisy: bool | None = None
     build_seconds: float | None = None
+    stalled_seconds: float | None = None
     index_bytes: int | None = None
     key_bytes: int | None = None
     bytes_per_key: float | None = None

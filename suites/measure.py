@@ -236,6 +236,7 @@ class _Watched:
         append_p50, append_p95, append_p99 = (float(value) for value in np.percentile(append_ms, (50, 95, 99)))
         assert self.stats is not None, "the fullest segment was never searched"
         observed.backend.wait()
+        work = observed.backend.stats()
         return dataclasses.replace(
             cell,
             recall_at_k=judge.mean(judge.recall),
@@ -256,7 +257,8 @@ class _Watched:
             append_ms_p99=append_p99,
             reference_ms=latency.reference_ms,
             noisy=latency.noisy,
-            build_seconds=observed.backend.stats().build_seconds,
+            build_seconds=work.build_seconds,
+            stalled_seconds=work.stalled_seconds,
             index_bytes=self.stats.index_bytes,
             key_bytes=self.stats.key_bytes,
             bytes_per_key=self.stats.bytes_per_key,
