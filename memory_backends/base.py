@@ -247,6 +247,9 @@ class MemoryBackend(Declared, ABC):
 
     def _recover(self, memories: Tensor) -> None:
         """Brings the index in line with `self.ring` after `_add` to `memories` failed half way; by default anew."""
+        self._index_again(memories)
+
+    def _index_again(self, memories: Tensor) -> None:
         totals = self.ring.totals.clone()
         self.ring.totals[memories] = 0
         try:
@@ -307,6 +310,7 @@ class MemoryBackend(Declared, ABC):
             prepared = prepared / norms.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
         if not prepared.shape[1] or not len(which):
             return torch.zeros(prepared.shape[:2], dtype=torch.int64, device=keys.device)
+        indexed = False
         undo = Undo(self.ring, self._norms, which, prepared.shape[1], keep_rows=self.index_may_fail)
         try:
             slots = self.ring.append(prepared, which)
@@ -315,10 +319,11 @@ class MemoryBackend(Declared, ABC):
                 self._norms[which.to(self.device)[:, None], kept.to(self.device)] = norms[:, -kept.shape[1] :]
             with _full_precision(self.device):
                 self._add(self.ring.rounded(prepared[:, -kept.shape[1] :]).contiguous(), kept, which)
+            indexed = True
             if self.key_options.max_bytes:
                 check_grown(self)
         except BaseException:
-            undo.roll_back(self)
+            undo.roll_back(self, indexed=indexed)
             raise
         return slots.to(keys.device)
 

@@ -47,12 +47,17 @@ class Undo:
             array[self.rows, self.slots] = rows
         self.ring.totals[self.memories] = self.totals
 
-    def roll_back(self, backend: MemoryBackend) -> None:
-        """Brings ring and index of `backend` back after a failed append; refuses its use where that fails too."""
+    def roll_back(self, backend: MemoryBackend, *, indexed: bool) -> None:
+        """Brings ring and index of `backend` back after a failed append; refuses its use where that fails too.
+
+        Args:
+            backend: whose append it was.
+            indexed: whether `_add` had returned, so that the index holds what the ring no longer does.
+        """
         self.restore()
         try:
             with torch.autocast(backend.device.type, enabled=False):
-                backend._recover(self.memories)
+                (backend._index_again if indexed else backend._recover)(self.memories)
         except BaseException as error:
             backend._refusal = UnusableMemory(
                 f"an append to this {backend.name!r} memory failed, and so did bringing its index back ({error}): call "

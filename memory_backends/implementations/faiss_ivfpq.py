@@ -129,4 +129,5 @@ class FaissIvfpq(FaissIvfBackend):
         return codes + entries * dim * 4 + tables
 
     def _bytes_of(self, index: Any, keys: int) -> int:
-        return super()._bytes_of(index, keys) + 2**self.options.nbits * self.dim * 4
+        tables = index.precomputed_table.size() * 4  # of the l2 alone
+        return super()._bytes_of(index, keys) + 2**self.options.nbits * self.dim * 4 + tables
