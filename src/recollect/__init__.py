@@ -15,18 +15,25 @@ if TYPE_CHECKING:
     from recollect.memory_backends import (
         BackendInfo,
         BackendUnavailable,
+        BuildFailed,
         Capabilities,
+        ClosedMemory,
         CorruptMemory,
+        DiskFull,
         InvalidInput,
         InvalidSpec,
         MemoryBackend,
         MemoryBackendError,
         MemoryStats,
+        NotFinite,
         OptionInfo,
+        OutOfMemory,
+        OverBudget,
         Requirement,
         SearchResult,
         UnknownBackend,
         UnsupportedOperation,
+        UnusableMemory,
         backend_names,
         canonical_spec,
         describe_backend,
@@ -233,10 +240,10 @@ if TYPE_CHECKING:
 # Where each public name comes from; a test holds that this and the imports above agree.
 _PUBLIC: dict[str, str] = {
     "recollect.memory_backends": (
-        "BackendInfo BackendUnavailable Capabilities CorruptMemory InvalidInput InvalidSpec MemoryBackend "
-        "MemoryBackendError MemoryStats OptionInfo Requirement SearchResult UnknownBackend "
-        "UnsupportedOperation backend_names canonical_spec describe_backend list_backends load_backend "
-        "make_backend"
+        "BackendInfo BackendUnavailable BuildFailed Capabilities ClosedMemory CorruptMemory DiskFull InvalidInput "
+        "InvalidSpec MemoryBackend MemoryBackendError MemoryStats NotFinite OptionInfo OutOfMemory OverBudget "
+        "Requirement SearchResult UnknownBackend UnsupportedOperation UnusableMemory backend_names "
+        "canonical_spec describe_backend list_backends load_backend make_backend"
     ),
     "recollect.model.ann_benchmarks": "AnnBenchmark load_ann_benchmarks",
     "recollect.model.checkpoints": "Checkpoint CheckpointError load_checkpoint reference_checkpoint save_checkpoint",
