@@ -8,8 +8,6 @@ better. So one comparison orders both, and equal scores are chosen among in the 
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -32,27 +30,27 @@ _SLOT_BITS = tl.constexpr(SLOT_BITS)
 
 
 @triton.jit
-def _ordered(bits: Any) -> Any:
+def _ordered(bits: tl.tensor) -> tl.tensor:
     """Integers that rise with the float32 numbers whose bits these are; applied twice it gives them back."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def select_candidates(
-    firsts: Any,
-    seconds: Any,
-    block_bounds: Any,
-    query_bounds: Any,
-    rows: Any,
-    singles: Any,
-    opened: Any,
-    counts: Any,
-    wanted: Any,
-    total: Any,
-    count: Any,
-    blocks: Any,
-    bound_blocks: Any,
-    guard: Any,
+    firsts: tl.tensor,
+    seconds: tl.tensor,
+    block_bounds: tl.tensor,
+    query_bounds: tl.tensor,
+    rows: tl.tensor,
+    singles: tl.tensor,
+    opened: tl.tensor,
+    counts: tl.tensor,
+    wanted: tl.tensor,
+    total: tl.tensor,
+    count: tl.tensor,
+    blocks: tl.tensor,
+    bound_blocks: tl.tensor,
+    guard: tl.tensor,
     ROUNDS: tl.constexpr,
     SECOND: tl.constexpr,
     SINGLES: tl.constexpr,
@@ -128,8 +126,14 @@ def select_candidates(
 
 @triton.jit
 def _score_slots(
-    keys: Any, asked: Any, slot: Any, here: Any, D: tl.constexpr, P: tl.constexpr, DISTANCE: tl.constexpr
-) -> Any:
+    keys: tl.tensor,
+    asked: tl.tensor,
+    slot: tl.tensor,
+    here: tl.tensor,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    DISTANCE: tl.constexpr,
+) -> tl.tensor:
     """Candidates (n,) int64 from slots (n,), where `here`."""
     depth = tl.arange(0, P)
     fits = depth < D
@@ -147,16 +151,16 @@ def _score_slots(
 
 @triton.jit
 def score_candidates(
-    queries: Any,
-    keys: Any,
-    rows: Any,
-    lengths: Any,
-    singles: Any,
-    opened: Any,
-    counts: Any,
-    candidates: Any,
-    count: Any,
-    capacity: Any,
+    queries: tl.tensor,
+    keys: tl.tensor,
+    rows: tl.tensor,
+    lengths: tl.tensor,
+    singles: tl.tensor,
+    opened: tl.tensor,
+    counts: tl.tensor,
+    candidates: tl.tensor,
+    count: tl.tensor,
+    capacity: tl.tensor,
     D: tl.constexpr,
     P: tl.constexpr,
     ROUNDS: tl.constexpr,
@@ -200,7 +204,13 @@ def score_candidates(
 
 @triton.jit
 def _best_of(
-    candidates: Any, stored: Any, few: Any, best: Any, real: Any, WIDTH: tl.constexpr, K: tl.constexpr
+    candidates: tl.tensor,
+    stored: tl.tensor,
+    few: tl.tensor,
+    best: tl.tensor,
+    real: tl.tensor,
+    WIDTH: tl.constexpr,
+    K: tl.constexpr,
 ) -> None:
     """Writes the `few` highest of `stored` candidates, in any order, by bisection on the integers themselves."""
     number = tl.arange(0, WIDTH)[None, :]
@@ -218,12 +228,12 @@ def _best_of(
 
 @triton.jit
 def keep_best(
-    candidates: Any,
-    counts: Any,
-    wanted: Any,
-    best: Any,
-    total: Any,
-    count: Any,
+    candidates: tl.tensor,
+    counts: tl.tensor,
+    wanted: tl.tensor,
+    best: tl.tensor,
+    total: tl.tensor,
+    count: tl.tensor,
     K: tl.constexpr,
     ROUNDS: tl.constexpr,
     SINGLES: tl.constexpr,

@@ -1,5 +1,7 @@
 """Triton kernel of the fused search's first pass; imported only where triton is installed (see `triton_topk`).
 
+Annotations here are names that Triton's compiler knows: it refuses others, which its interpreter does not.
+
 Letters as in `base`; G memories searched at once, P the padded dimension (a power of two), N blocks of keys.
 
 A block is `rounds` keys that lie LANES slots apart: lane j of run u holds slots u * LANES * rounds + r * LANES + j for
@@ -11,8 +13,6 @@ makes is part of the margin (`triton_keys.margin_coefficient`).
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -28,30 +28,32 @@ _LOWEST = tl.constexpr(LOWEST)
 
 
 @triton.jit
-def _product(left: Any, right: Any, QUANTISED: tl.constexpr, UPCAST: tl.constexpr) -> Any:
+def _product(left: tl.tensor, right: tl.tensor, QUANTISED: tl.constexpr, UPCAST: tl.constexpr) -> tl.tensor:
     """left (q, d) times right (n, d) transposed, float32."""
     if UPCAST:
-        return tl.dot(left.to(tl.float32), tl.trans(right.to(tl.float32)), input_precision="ieee")
-    if QUANTISED:
-        return tl.dot(left, tl.trans(right), out_dtype=tl.int32).to(tl.float32)
-    return tl.dot(left, tl.trans(right))
+        product = tl.dot(left.to(tl.float32), tl.trans(right.to(tl.float32)), input_precision="ieee")
+    elif QUANTISED:
+        product = tl.dot(left, tl.trans(right), out_dtype=tl.int32).to(tl.float32)
+    else:
+        product = tl.dot(left, tl.trans(right))
+    return product
 
 
 @triton.jit
 def _scored_round(
-    queries: Any,
-    keys: Any,
-    query_rows: Any,
-    positions: Any,
-    query_mask: Any,
-    key_mask: Any,
-    held: Any,
+    queries: tl.tensor,
+    keys: tl.tensor,
+    query_rows: tl.tensor,
+    positions: tl.tensor,
+    query_mask: tl.tensor,
+    key_mask: tl.tensor,
+    held: tl.tensor,
     P: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
     QUANTISED: tl.constexpr,
     UPCAST: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """Scores (BLOCK_Q, BLOCK_N) of one tile of queries and one of keys; `held` are the queries where P == BLOCK_D."""
     depth = tl.arange(0, BLOCK_D)
     if P == BLOCK_D:
@@ -71,7 +73,7 @@ def _scored_round(
 
 
 @triton.jit
-def _packed(scores: Any, number: Any, ROUNDS: tl.constexpr) -> Any:
+def _packed(scores: tl.tensor, number: tl.tensor, ROUNDS: tl.constexpr) -> tl.tensor:
     """Scores with their round in the last bits."""
     bits = scores.to(tl.int32, bitcast=True)
     return ((bits & (-ROUNDS)) | number).to(tl.float32, bitcast=True)
@@ -79,18 +81,18 @@ def _packed(scores: Any, number: Any, ROUNDS: tl.constexpr) -> Any:
 
 @triton.jit
 def scan_blocks(
-    queries: Any,
-    keys: Any,
-    query_scales: Any,
-    key_scales: Any,
-    bias: Any,
-    rows: Any,
-    lengths: Any,
-    firsts: Any,
-    seconds: Any,
-    count: Any,
-    blocks: Any,
-    capacity: Any,
+    queries: tl.tensor,
+    keys: tl.tensor,
+    query_scales: tl.tensor,
+    key_scales: tl.tensor,
+    bias: tl.tensor,
+    rows: tl.tensor,
+    lengths: tl.tensor,
+    firsts: tl.tensor,
+    seconds: tl.tensor,
+    count: tl.tensor,
+    blocks: tl.tensor,
+    capacity: tl.tensor,
     HINT: tl.constexpr,
     P: tl.constexpr,
     BLOCK_D: tl.constexpr,

@@ -257,7 +257,7 @@ class _Search:
             SECOND=self.open_blocks,
             BLOCKS=most,
             QUERIES=several,
-            num_warps=4 if most <= 4096 else 8,
+            num_warps=4 if most <= 2048 else 8,
             **common,
         )
         candidates = torch.empty(group * count, shape.width, dtype=torch.int64, device=device)

@@ -39,6 +39,17 @@ def test_the_cases_hold_in_the_interpreter() -> None:
     assert answer.returncode == 0, answer.stdout[-6000:] + answer.stderr[-2000:]
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (it is for Linux)")
+def test_the_kernels_compile_for_a_card_and_use_its_matrix_units(tmp_path: Path) -> None:
+    settings = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(TESTS / "triton_compiling.py")]
+    answer = subprocess.run(command, capture_output=True, text=True, env=settings)
+    assert answer.returncode == 0, answer.stderr[-4000:]
+    *scans, last = answer.stdout.splitlines()
+    assert scans == [f"scan_blocks {kind} matrix units" for kind in ("fp16", "bf16", "i8", "fp8e4nv")]
+    assert last == "candidates compiled"
+
+
 def test_a_cpu_is_served_by_plain_torch() -> None:
     assert not usable(torch.device("cpu"))
     backend = make_backend("exact", num_memories=1, capacity=8192, dim=16)
