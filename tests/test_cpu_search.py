@@ -136,7 +136,9 @@ def test_what_the_first_pass_cannot_do_the_reference_does(name: str, change: Cal
 @fused
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("memories", [1, 2, 3])
-def test_threads_and_memories(monkeypatch: pytest.MonkeyPatch, threads: int, memories: int) -> None:
+@pytest.mark.parametrize("shared", ["keys", "queries"])
+def test_threads_and_memories(monkeypatch: pytest.MonkeyPatch, threads: int, memories: int, shared: str) -> None:
+    monkeypatch.setattr(cpu_search, "QUERIES_PER_THREAD", 5 if shared == "queries" else 1000)
     monkeypatch.setattr(cpu_search, "QUERIES_AT_ONCE", 23)
     monkeypatch.setattr(cpu_search, "TILES_PER_PART", 4)
     queries = torch.randn(memories, 50, 20)
