@@ -63,6 +63,8 @@ class Text:
     def step(self, count: int = STEP) -> torch.Tensor:
         """The next keys (1, count, D), of unit length; topics move by as much as `count` keys should."""
         moved = 0.15 * np.sqrt(min(count, 4 * STEP) / STEP)
+        # They stay as far apart as they were, or recall would change with them.
+        self.topics *= np.float32(np.sqrt(1 - moved**2))
         self.topics += moved * self.rng.standard_normal(self.topics.shape, dtype=np.float32)
         keys = self._content(count) @ self.to_key + self.rng.standard_normal((count, DIM), dtype=np.float32)
         return torch.from_numpy(keys / np.linalg.norm(keys, axis=1, keepdims=True))[None]

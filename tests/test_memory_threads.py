@@ -13,8 +13,10 @@ from torch import Tensor
 from recollect.memory_backends.base import MemoryBackend, SearchResult
 from recollect.memory_backends.errors import ClosedMemory, UnsupportedOperation
 from recollect.memory_backends.registry import backend_class, backend_names, load_backend, make_backend
+from recollect.memory_backends.segments import SegmentedBackend
 from recollect.memory_backends.testing import in_ci, skip_unless_available
 from recollect.memory_backends.testing_oracle import OracleMemory, check_answer
+from recollect.memory_backends.trained import TrainedBackend
 
 M, C, D, K = 2, 96, 8, 6
 SECONDS = 0.7
@@ -76,8 +78,11 @@ def fits(history: History, version: int, queries: Tensor, result: SearchResult, 
 
 
 @pytest.mark.parametrize("name", backend_names())
-def test_answers_are_of_one_state(name: str) -> None:
+def test_answers_are_of_one_state(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     skip_unless_available(name)
+    # pynndescent builds under the interpreter lock: searches would only wait for it.
+    for cls in (SegmentedBackend, TrainedBackend) if name != "pynndescent" else ():
+        monkeypatch.setattr(cls, "background_from", 16)  # so that indexes are built in the background meanwhile
     backend = make_backend(name, num_memories=M, capacity=C, dim=D, seed=3)
     exact_scores = getattr(backend_class(name), "scores_are_true", True)
     history = History(backend)
