@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -291,6 +292,27 @@ def test_on_another_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_search, "search", lambda *_: pytest.fail("the fused search was run"))
     _, _, backend = search_large()
     assert "aarch64" in backend.kernel
+
+
+@fused
+def test_compiled_code_is_kept_where_it_can_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from recollect.memory_backends import cpu_cache
+
+    def add_one(number: int) -> int:
+        return number + 1
+
+    try:
+        monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "kept"))
+        cpu_cache.folder.cache_clear()
+        assert cpu_cache.compiled(add_one)(1) == 2
+        assert list((tmp_path / "kept").rglob("*.nbi"))
+        (tmp_path / "file").write_text("in the way")
+        monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file"))
+        cpu_cache.folder.cache_clear()
+        assert cpu_cache.folder() is None
+        assert cpu_cache.compiled(add_one)(2) == 3
+    finally:
+        cpu_cache.folder.cache_clear()
 
 
 @fused
