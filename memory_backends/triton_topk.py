@@ -140,8 +140,11 @@ def triton_topk(
     search = _Search(keys, ring.stored, k, shape, guard=guard, open_blocks=open_blocks)
     best = torch.full((*queries.shape[:2], k), search.kernels.NO_CANDIDATE, dtype=torch.int64, device=queries.device)
     counts = torch.empty(*queries.shape[:2], 3, dtype=torch.int32, device=queries.device)
+    encoded = _encode_queries(keys, queries, memories)
     for begin, end in _groups(len(lengths), queries.shape[1], longest, shape):
-        search.run(queries[begin:end], memories[begin:end], lengths[begin:end], best[begin:end], counts[begin:end])
+        group = slice(begin, end)
+        some = tuple(None if part is None else part[group] for part in encoded)
+        search.run(queries[group], some, memories[group], lengths[group], best[group], counts[group])
     best = best.sort(-1, descending=True).values
     found = best != search.kernels.NO_CANDIDATE
     bits = (best >> 32).int()
@@ -149,6 +152,16 @@ def triton_topk(
     slots = (search.kernels.SLOT_BITS - (best & search.kernels.SLOT_BITS)).masked_fill_(~found, -1)
     _search_failed(ring, queries, k, memories, lengths, counts[..., 2], keys.is_distance, scores, slots)
     return scores, slots
+
+
+def _encode_queries(keys: TritonKeys, queries: Tensor, memories: list[int]) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Images (M', Q, P), scales (M', Q) or None, and |q^| and |q - q^| (M', Q, 2) of what is compared with images."""
+    asked = queries
+    if keys.centres is not None:
+        rows = torch.tensor(memories).to(queries.device, non_blocking=True)
+        asked = 2 * (queries - keys.centres[rows][:, None])
+    codes, scales, norms, errors = encode(asked, keys.first_pass)
+    return codes.contiguous(), None if scales is None else scales.contiguous(), torch.stack((norms, errors), -1)
 
 
 def _groups(memories: int, queries: int, longest: int, shape: Shape) -> list[tuple[int, int]]:
@@ -193,26 +206,30 @@ class _Search:
         self.open_blocks = open_blocks
         self.bounds = keys.bounds(shape.rounds)
 
-    def run(self, queries: Tensor, memories: list[int], lengths: list[int], best: Tensor, counts: Tensor) -> None:
-        """One group: queries (G, Q, D), into best (G, Q, k) and counts (G, Q, 3)."""
+    def run(
+        self,
+        queries: Tensor,
+        encoded: tuple[Any, ...],
+        memories: list[int],
+        lengths: list[int],
+        best: Tensor,
+        counts: Tensor,
+    ) -> None:
+        """One group: queries (G, Q, D), and `_encode_queries` of them, into best (G, Q, k) and counts (G, Q, 3)."""
         keys, shape, device = self.keys, self.shape, queries.device
         group, count, dim = queries.shape
         blocks = -(-max(max(lengths), 1) // (LANES * shape.rounds)) * LANES
         reach = self.k if self.guard else OVERSAMPLED * self.k
         rows, alive, wanted, reached = _on_device(tuple(memories), tuple(lengths), self.k, reach, device)
-        asked = queries
-        if keys.centres is not None:
-            asked = 2 * (queries - keys.centres.index_select(0, rows)[:, None])
-        codes, scales, norms, errors = encode(asked, keys.first_pass)
-        query_bounds = torch.stack((norms, errors), -1)
+        codes, scales, query_bounds = encoded
         firsts = torch.empty(group, count, blocks, device=device)
         seconds = torch.empty_like(firsts) if self.open_blocks else firsts
         some = firsts  # stands where a kernel is given no such tensor
         scan, tiles = _scan()
         scan[_scan_grid(count, blocks, group)](
-            codes.contiguous(),
+            codes,
             keys.images,
-            some if scales is None else scales.contiguous(),
+            some if scales is None else scales,
             some if keys.scales is None else keys.scales,
             some if keys.bias is None else keys.bias,
             rows,
