@@ -13,7 +13,8 @@ backend there are memories of all capacities at once, filled beforehand, and app
 
 Printed: the median append of a step and its 99th percentile over the median (target: below 3); the median over that of
 the smallest memory, from ratios within rounds (target: at most 1.5); the time that appends have waited for builds; the
-median search; and the recall of the last turnover less that of the first one after filling, with its 95 % interval.
+median search; and the recall of the last turnover less that of the first (which begins when the memory has been
+filled twice), with its 95 % interval.
 Capacities of a million and more take as many minutes as their index takes to build twice. Writes
 benchmarks/results/streams.json.
 """
@@ -44,6 +45,8 @@ SPECS = ("exact", "faiss-flat", "faiss-ivf", "faiss-ivfpq", "scann", "faiss-hnsw
 DIM, K, STEP, QUERIES = 64, 32, 512, 128
 FLAT, STALLS = 1.5, 3.0
 """The targets: median append of a memory over that of the smallest, and 99th percentile over median."""
+SETTLING = 2
+"""Turnovers left out of the recall: the memory fills, and then an index serves that learnt while it did."""
 
 
 class Text:
@@ -142,7 +145,7 @@ def turned_over(spec: str, capacity: int, turnovers: int, seed: int, bar: Any) -
     memory, exact = (make_backend(name, num_memories=1, capacity=capacity, dim=DIM) for name in (spec, "exact"))
     per_turnover = -(-capacity // STEP)
     found: list[float] = []
-    for _ in range((turnovers + 1) * per_turnover):
+    for _ in range((turnovers + SETTLING) * per_turnover):
         keys, queries = text.step(), text.queries()
         memory.add(keys)
         exact.add(keys)
@@ -150,7 +153,7 @@ def turned_over(spec: str, capacity: int, turnovers: int, seed: int, bar: Any) -
         found.append(float(recall(slots, exact.search(queries, K).slots).mean()))
         bar()
     memory.close()
-    by_turnover = np.array(found[per_turnover:]).reshape(turnovers, per_turnover)
+    by_turnover = np.array(found[SETTLING * per_turnover :]).reshape(turnovers, per_turnover)
     drawn = np.random.default_rng(seed).integers(0, per_turnover, (2, 1000, per_turnover))
     differences = by_turnover[-1][drawn[0]].mean(1) - by_turnover[0][drawn[1]].mean(1)
     low, high = np.percentile(differences, (2.5, 97.5))
@@ -167,7 +170,7 @@ def measure(spec: str, arguments: argparse.Namespace, progress: Progress) -> dic
     text = Text(arguments.seed)
     largest = max(arguments.capacity)
     steps = arguments.steps or max(256, min(2048, -(-largest // STEP)))
-    turnover_steps = (arguments.turnovers + 1) * -(-min(arguments.capacity) // STEP)
+    turnover_steps = (arguments.turnovers + SETTLING) * -(-min(arguments.capacity) // STEP)
     total = len(arguments.capacity) * steps + steps + (turnover_steps if arguments.turnovers else 0)
     task = progress.add_task(spec, total=total)
 
