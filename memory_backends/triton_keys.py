@@ -186,9 +186,11 @@ class TritonKeys:
         """(M, 3, N) float32 for blocks of `rounds` keys: the E, N and B of `select_candidates`."""
         if rounds not in self._bounds:
             runs = -(-self.capacity // (LANES * rounds))
-            self._bounds[rounds] = self.images.new_zeros(len(self.images), 3, runs * LANES, dtype=torch.float32)
+            made = self._errors.new_zeros(len(self.images), 3, runs * LANES)
             for run in range(runs):
-                self._bounds[rounds][:, :, run * LANES : (run + 1) * LANES] = self._bounds_of_run(run, rounds, None)
+                made[:, :, run * LANES : (run + 1) * LANES] = self._bounds_of_run(run, rounds, None)
+            # Only when whole: searches of several threads may want it at once.
+            self._bounds[rounds] = made
         return self._bounds[rounds]
 
     def _take_centres(self, keys: Tensor, which: list[int]) -> None:
