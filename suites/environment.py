@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from recollect.memory_backends.base import MemoryBackend
 from recollect.memory_backends.registry import classes_of
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -157,7 +158,8 @@ def training_digest() -> str:
 def backend_digest(spec: str) -> str:
     """Names the code and the library versions of one backend, and of those that it is made of."""
     classes = classes_of(spec)
-    sources = [Path(inspect.getfile(cls)) for cls in classes]
+    built_on = [base for cls in classes for base in cls.__mro__ if issubclass(base, MemoryBackend)]
+    sources = [Path(inspect.getfile(cls)) for cls in dict.fromkeys(built_on) if cls is not MemoryBackend]
     # Helpers beside it start with an underscore; which of them it uses is not asked.
     files = [*sources, *sorted(sources[0].parent.glob("_[a-z]*.py"))]
     distributions = _distributions()

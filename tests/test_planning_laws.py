@@ -78,6 +78,9 @@ def test_each_backend_grows_as_what_it_is_built_on() -> None:
     assert growth_of("faiss-ivf") is growth_of("scann") is CELLS_GROW
     assert growth_of("faiss-ivf:nlist=64") is CELLS_FIXED
     assert growth_of("rerank:source=faiss-ivfpq") is CELLS_GROW
+    at_once = growth_of("faiss-ivf:background=false")
+    assert at_once.figures["longest_append_ms"][0].name == "n sqrt n"
+    assert "trains the index anew" in at_once.words
     assert growth_of("rerank") is PASS
 
 
