@@ -59,8 +59,8 @@ SPECS = (
     "exact:storage=bfloat16",
     "exact:storage=int8",
     "exact:keys_in=temporary,storage=int8",
-    "faiss-ivfpq:k_factor=8,keys_in=temporary,nlist=2048,nprobe=64",
-    "faiss-ivf:nlist=2048,nprobe=64",
+    "faiss-ivfpq:k_factor=8,keys_in=temporary,nlist=1024,nprobe=32",
+    "faiss-ivf:nlist=1024,nprobe=32",
 )
 CLUSTERS = 1024
 DRIFT_KEYS = 1 << 17
