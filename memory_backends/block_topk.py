@@ -56,6 +56,11 @@ CHUNK_SCORES = 1 << 21
 QUERY_BATCH = 128
 """Queries whose scores are kept at a time: fewer make the matrix product slower, more fall out of cache."""
 
+DIRECT_QUERIES = 4
+"""Queries whose distances are taken directly, without the copy of the keys that a product needs. One thread of an EPYC,
+10000 keys of dimension 128: 0.7, 1.4, 2.7 and 5.4 ms for 1, 2, 4 and 8 queries against 8 to 11 ms by products; 65536 of
+dimension 64: 2.3, 4.5, 9 and 18 ms against 9 to 12."""
+
 
 def search_by_score(
     queries: Tensor,
@@ -270,8 +275,12 @@ def _score_candidates(queries: Tensor, keys: Tensor, candidates: Tensor, k: int)
 
 
 def _search_l2(queries: Tensor, keys: Tensor, k: int, select: Select | None) -> tuple[Tensor, Tensor]:
-    """By the squared distance, ranked by inner products; see `ranked_by_product`."""
-    _, slots = _search_inner(*ranked_by_product(queries, keys), k, select)
+    """By the squared distance, ranked by inner products (see `ranked_by_product`) unless there are few queries."""
+    if queries.shape[1] <= DIRECT_QUERIES:
+        distances = torch.cdist(queries, keys, compute_mode="donot_use_mm_for_euclid_dist")
+        _, slots = (select or select_top)(distances.neg_(), k)
+    else:
+        _, slots = _search_inner(*ranked_by_product(queries, keys), k, select)
     return by_distance(queries, keys, slots)
 
 
