@@ -210,7 +210,7 @@ FAULTS: dict[type[Honest], tuple[str, ...]] = {
 class Checks(BackendConformance):
     """The suite, to be called check by check; not collected, since its name does not begin with Test."""
 
-    examples: ClassVar[int] = 20
+    examples: ClassVar[int] = 60
 
 
 def run(check: str, name: str, folder: Path) -> None:
