@@ -9,12 +9,13 @@ backend there are memories of all capacities at once, filled beforehand, and app
    background. That gives the sustained cost of a step (and keys a second), builds included.
 2. paced: a round of steps, one to each memory, begins every `--pace` (1.5) times the sum of sustained appends and
    searches, so that the builder has time. Every append and search is timed on the wall clock.
-3. turnovers: a memory of the smallest capacity is turned over ten times, and its recall taken against exact search.
+3. turnovers: a memory of the smallest capacity is turned over ten times, and its recall taken beside that of an index
+   made anew of the same keys.
 
 Printed: the median append of a step and its 99th percentile over the median (target: below 3); the median over that of
 the smallest memory, from ratios within rounds (target: at most 1.5); the time that appends have waited for builds; the
-median search; and the recall of the last turnover less that of the first (which begins when the memory has been
-filled twice), with its 95 % interval.
+median search; recall in the first turnover (which begins when the memory has been filled twice) and the last, of the
+memory and of the index made anew; and the drift, by which the memory fell back more, with its 95 % interval.
 Capacities of a million and more take as many minutes as their index takes to build twice. Writes
 benchmarks/results/streams.json.
 """
@@ -47,6 +48,9 @@ FLAT, STALLS = 1.5, 3.0
 """The targets: median append of a memory over that of the smallest, and 99th percentile over median."""
 SETTLING = 2
 """Turnovers left out of the recall: the memory fills, and then an index serves that learnt while it did."""
+
+ANEW = 4
+"""Steps from one index made anew, which the recall is compared with, to the next."""
 
 
 class Text:
@@ -140,27 +144,37 @@ def paced(
 
 
 def turned_over(spec: str, capacity: int, turnovers: int, seed: int, bar: Any) -> dict[str, Any]:
-    """Recall of each turnover, and of the last less the first, with its interval over steps."""
+    """Recall of each turnover beside that of an index made anew of the same keys, and whether the two drift apart.
+
+    What a memory holds changes as its text goes on, and with it how hard its search is, for any index. So the drift is
+    that of the difference to a new index, which has seen nothing but the keys that are there.
+    """
     text = Text(seed)
     memory, exact = (make_backend(name, num_memories=1, capacity=capacity, dim=DIM) for name in (spec, "exact"))
     per_turnover = -(-capacity // STEP)
-    found: list[float] = []
-    for _ in range((turnovers + SETTLING) * per_turnover):
-        keys, queries = text.step(), text.queries()
-        memory.add(keys)
+    found: list[list[float]] = []
+    for step in range((turnovers + SETTLING) * per_turnover):
+        memory.add(keys := text.step())
         exact.add(keys)
-        slots = memory.search(queries, K).slots
-        found.append(float(recall(slots, exact.search(queries, K).slots).mean()))
+        if step >= SETTLING * per_turnover and step % ANEW == ANEW - 1:
+            with make_backend(spec, num_memories=1, capacity=capacity, dim=DIM) as new:
+                new.add(exact.ring.keys)
+                for _ in range(2):
+                    queries = text.queries()
+                    true = exact.search(queries, K).slots
+                    found.append([recall(one.search(queries, K).slots, true).mean() for one in (memory, new)])
         bar()
     memory.close()
-    by_turnover = np.array(found[SETTLING * per_turnover :]).reshape(turnovers, per_turnover)
-    drawn = np.random.default_rng(seed).integers(0, per_turnover, (2, 1000, per_turnover))
-    differences = by_turnover[-1][drawn[0]].mean(1) - by_turnover[0][drawn[1]].mean(1)
+    both = np.array(found).reshape(turnovers, -1, 2)
+    lost = both[..., 1] - both[..., 0]
+    drawn = np.random.default_rng(seed).integers(0, lost.shape[1], (2, 1000, lost.shape[1]))
+    differences = lost[0][drawn[1]].mean(1) - lost[-1][drawn[0]].mean(1)
     low, high = np.percentile(differences, (2.5, 97.5))
     return {
         "capacity": capacity,
-        "recall": [round(float(value), 4) for value in by_turnover.mean(1)],
-        "last_less_first": round(float(by_turnover[-1].mean() - by_turnover[0].mean()), 4),
+        "recall": [round(float(value), 4) for value in both[..., 0].mean(1)],
+        "recall_of_new": [round(float(value), 4) for value in both[..., 1].mean(1)],
+        "last_less_first": round(float(lost[0].mean() - lost[-1].mean()), 4),
         "interval": [round(float(low), 4), round(float(high), 4)],
     }
 
@@ -247,8 +261,8 @@ def show(results: list[dict[str, Any]]) -> None:
             )
     console = Console(width=160)
     console.print(table)
-    drift = Table(title="recall as the memory turns over")
-    for heading in ("memory", "first turnover", "last", "last less first", "95 % interval"):
+    drift = Table(title="recall as the memory turns over, beside an index made anew of the same keys")
+    for heading in ("memory", "first turnover", "last", "anew: first", "last", "drift", "95 % interval"):
         drift.add_column(heading, justify="right")
     for result in results:
         if "turnovers" in result:
@@ -256,6 +270,7 @@ def show(results: list[dict[str, Any]]) -> None:
             low, high = about["interval"]
             drift.add_row(
                 result["spec"], f"{about['recall'][0]:.3f}", f"{about['recall'][-1]:.3f}",
+                f"{about['recall_of_new'][0]:.3f}", f"{about['recall_of_new'][-1]:.3f}",
                 f"{about['last_less_first']:+.4f}", f"{low:+.4f} to {high:+.4f}",
             )  # fmt: skip
     console.print(drift)
