@@ -9,17 +9,14 @@ soon as it is measured; whatever ends a comparison, running it again goes on whe
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import filelock
 
 from recollect._version import __version__
 from recollect.memory_backends.atomic import write_json
@@ -32,6 +29,7 @@ from .cells import SCHEMA, Cell, fingerprint, save_cell
 from .curve_stage import CURVES, EXPECTED_SECONDS, measure_curves, plan_curves
 from .environment import commit_of, core_digest, usable_cores
 from .larger import CROSSOVER, measure_larger
+from .one_writer import writing_alone
 from .options import CompareError, CompareOptions, CompareResult
 from .plan import (
     EARLIER,
@@ -92,7 +90,7 @@ class _Comparison:
         if self.folder.exists() and not self.folder.is_dir():
             raise CompareError(f"output {self.folder} is a file: give a folder")
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._alone(), Reporter(self.options.progress) as self.reporter:
+        with writing_alone(self.folder, "comparison", CompareError), Reporter(self.options.progress) as self.reporter:
             self._load()
             plan = make_plan(self.options, self.shared)
             if self.options.fresh:
@@ -147,20 +145,6 @@ class _Comparison:
                 self._note(f"{name} had other settings ({in_words(found)}): it is kept in {self.folder / EARLIER}.")
         if unasked:
             self._note(f"{unasked} earlier measurements are of specs or memory sizes not asked for now: {kept}.")
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        lock = filelock.FileLock(self.folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise CompareError(
-                f"another comparison is writing to {self.folder}: wait for it, or give another output folder"
-            ) from None
-        try:
-            yield
-        finally:
-            lock.release()
 
     def _note(self, text: str) -> None:
         self.notes.append(text)

@@ -8,16 +8,14 @@ A point (an index at a memory size) is written as soon as it is measured; the sa
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import filelock
 import psutil
 import torch
 
@@ -43,6 +41,7 @@ from .environment import (
     library_versions,
     usable_cores,
 )
+from .one_writer import writing_alone
 from .plan import read_json
 from .processes import Event, run_task
 from .progress import Reporter
@@ -84,21 +83,8 @@ def crossover(options: CrossoverOptions | None = None, **changes: Any) -> Crosso
     if folder.exists() and not folder.is_dir():
         raise CrossoverError(f"output {folder} is a file: give a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder), Reporter(options.progress) as reporter:
+    with writing_alone(folder, "run", CrossoverError), Reporter(options.progress) as reporter:
         return _Run(options, folder, reporter).run()
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise CrossoverError(f"another run is writing to {folder}: wait for it, or give another output") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class _Run:

@@ -9,7 +9,6 @@ verification are written as soon as they are there; the same command again goes 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import shutil
@@ -19,7 +18,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import torch
 
@@ -38,6 +36,7 @@ from .cells import fingerprint
 from .curve_settings import Settings, open_axes, open_builds, settings_of
 from .environment import backend_digest, core_digest, usable_cores
 from .measure import can_share, measure_group
+from .one_writer import writing_alone
 from .plan import read_json
 from .progress import Reporter
 from .provenance import describe
@@ -76,25 +75,12 @@ def tune(options: TuneOptions | None = None, **changes: Any) -> TuneResult:
         raise TuneError(f"output {folder} is a file: give a folder")
     folder.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
-    with _alone(folder), Reporter(options.progress) as reporter:
+    with writing_alone(folder, "run", TuneError), Reporter(options.progress) as reporter:
         try:
             torch.set_num_threads(options.threads or usable_cores())
             return _Tuning(options, folder, reporter).run()
         finally:
             torch.set_num_threads(threads)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise TuneError(f"another run is writing to {folder}: wait for it, or give another output") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class _Tuning:

@@ -9,16 +9,14 @@ its beginning. What is there is found by the digest of all that decides it, whic
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import filelock
-
+from ..one_writer import writing_alone
 from ..processes import LAST, Event, WorkerProcess, run_task
 from .grid import Grid, Variant, load_grid
 from .jobs import TRAINED, EvaluationJob, Plan, TrainingJob, read_record
@@ -106,7 +104,7 @@ class _Ablation:
         if self.output.exists() and not self.output.is_dir():
             raise AblateError(f"output {self.output} is a file: give a folder")
         self.output.mkdir(parents=True, exist_ok=True)
-        with self._alone(), Reporter(self.options.progress) as self.reporter:
+        with writing_alone(self.output, "ablation", AblateError), Reporter(self.options.progress) as self.reporter:
             self.make_plan(measure=False)
             check_devices(self.plan)
             device = next(iter(self.plan.trainings.values())).options.device
@@ -154,20 +152,6 @@ class _Ablation:
             notes=tuple(self.notes),
             seconds=time.perf_counter() - self.started,
         )
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        lock = filelock.FileLock(self.output / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise AblateError(
-                f"another ablation is writing to {self.output}: wait for it, or give another output folder"
-            ) from None
-        try:
-            yield
-        finally:
-            lock.release()
 
     def _remaining(self) -> float:
         """Expected seconds until all is done."""
