@@ -14,7 +14,6 @@ benchmarks/results/random_operations.json.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import tempfile
 import time
@@ -32,7 +31,7 @@ from recollect.memory_backends import BackendUnavailable, MemoryBackend, load_ba
 from recollect.memory_backends.atomic import write_json
 from recollect.memory_backends.segments import SegmentedBackend
 from recollect.memory_backends.trained import TrainedBackend
-from recollect.suites.environment import commit_of, describe_machine, library_versions
+from recollect.suites.provenance import describe
 
 RESULT = Path(__file__).parent / "results" / "random_operations.json"
 PARTS = "run_size=16,part_size=48,fan_out=3"
@@ -224,10 +223,7 @@ def main() -> None:
                 skipped[spec] = str(error)
     content = {
         "schema": 1,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": describe_machine(),
-        "libraries": library_versions(),
-        "commit": commit_of(),
+        "provenance": describe(threads=1, seed=arguments.seed),
         "seed": arguments.seed,
         "skipped": skipped,
         "results": results,

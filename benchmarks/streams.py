@@ -23,7 +23,6 @@ benchmarks/results/streams.json.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import time
 from collections.abc import Iterator
@@ -38,8 +37,8 @@ from rich.table import Table
 
 from recollect.memory_backends import BackendUnavailable, MemoryBackend, make_backend
 from recollect.memory_backends.atomic import write_json
-from recollect.suites.environment import commit_of, describe_machine, library_versions
 from recollect.suites.noise import describe_reference, ratio_interval, reference_operation_ms
+from recollect.suites.provenance import describe
 
 RESULT = Path(__file__).parent / "results" / "streams.json"
 SPECS = ("exact", "faiss-flat", "faiss-ivf", "faiss-ivfpq", "scann", "faiss-hnsw", "hnswlib", "pynndescent")
@@ -299,10 +298,7 @@ def main() -> None:
                 skipped[spec] = str(error)
     content = {
         "schema": 1,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": describe_machine(),
-        "libraries": library_versions(),
-        "commit": commit_of(),
+        "provenance": describe(threads=arguments.threads, seed=arguments.seed),
         "threads": arguments.threads,
         "dim": DIM,
         "k": K,

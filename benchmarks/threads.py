@@ -19,7 +19,6 @@ benchmarks/results/threads.json.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import threading
 from collections.abc import Callable
@@ -35,8 +34,8 @@ from rich.table import Table
 from recollect.memory_backends import BackendUnavailable, MemoryBackend, make_backend
 from recollect.memory_backends.atomic import write_json
 from recollect.memory_backends.background import checkpoint, submit
-from recollect.suites.environment import commit_of, describe_machine, library_versions
 from recollect.suites.noise import describe_reference, interleave, ratio_interval
+from recollect.suites.provenance import describe
 
 RESULT = Path(__file__).parent / "results" / "threads.json"
 SPECS = ("exact", "faiss-flat", "faiss-ivf", "faiss-ivfpq", "scann", "faiss-hnsw", "hnswlib", "pynndescent")
@@ -179,10 +178,7 @@ def main() -> None:
                 skipped[spec] = str(error)
     content = {
         "schema": 1,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": describe_machine(),
-        "libraries": library_versions(),
-        "commit": commit_of(),
+        "provenance": describe(threads=arguments.threads),
         "threads": arguments.threads,
         "rounds": arguments.rounds,
         "dim": DIM,
