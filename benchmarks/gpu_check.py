@@ -49,7 +49,7 @@ def check_backends(device: torch.device, *, small: bool) -> list[dict[str, Any]]
     oracle.add(keys)
     kth_score = oracle.search(queries, 32).scores[..., -1:]
     for info in list_backends():
-        if device.type not in info.capabilities.devices:
+        if info.one_shared or device.type not in info.capabilities.devices:
             continue
         # The floor of a chain of backends is for keys as attention makes them: its first entry is the careful one.
         spec = info.sweep[0 if info.name == "rerank" else -1]

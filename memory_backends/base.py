@@ -113,6 +113,9 @@ class MemoryBackend(Declared, ABC):
     requires: ClassVar[tuple[Requirement, ...]] = ()
     needs_card: ClassVar[bool] = False
     """Whether it can be made only where there is a GPU, wherever its raw keys lie."""
+    one_shared: ClassVar[bool] = False
+    """Whether it is for one large memory that many share, rather than for a memory of every batch row and head: then
+    the suites do not measure it unless it is named, and benchmarks of its own say what it costs."""
     search_options: ClassVar[tuple[str, ...]] = ()
     """Names of the options that `set_search_options` may change."""
     sweep: ClassVar[tuple[str, ...]] = ()

@@ -54,6 +54,7 @@ class BackendInfo:
     pip_command: str
     sweep: tuple[str, ...]
     recall_floor: float
+    one_shared: bool = False
 
 
 @functools.cache
@@ -248,6 +249,7 @@ def describe_backend(name: str) -> BackendInfo:
         pip_command=" ".join(["pip install", *(f"'{need.pip}'" for need in cls.requires)]) if cls.requires else "",
         sweep=tuple(dict.fromkeys(canonical_spec(spec) for spec in cls.sweep or (name,))),
         recall_floor=cls.recall_floor,
+        one_shared=cls.one_shared,
     )
 
 

@@ -240,7 +240,11 @@ def chosen_indexes(backends: tuple[str, ...]) -> tuple[list[str], dict[str, str]
         if not found:
             raise CrossoverError("backends name exact search alone, which everything is measured beside: name an index")
         return found, {}
-    infos = [info for info in list_backends() if not info.capabilities.exact and info.name not in UNASKED]
+    infos = [
+        info
+        for info in list_backends()
+        if not info.capabilities.exact and not info.one_shared and info.name not in UNASKED
+    ]
     found = [info.name for info in infos if info.available]
     if not found:
         commands = ", ".join(describe_backend(info.name).pip_command for info in infos)

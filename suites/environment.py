@@ -38,6 +38,10 @@ LIBRARIES = (
     "pynndescent",
     "numba",
     "tokenizers",
+    "ray",
+    "pylance",
+    "pymilvus",
+    "milvus-lite",
 )
 """Distributions whose versions a result names, where they are installed."""
 

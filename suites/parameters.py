@@ -15,12 +15,15 @@ SPECS_FILE = Path("specs.json")
 
 
 def declared_specs() -> list[str]:
-    """The canonical specs of every backend's sweep: exact first, then by backend, in the order of its sweep."""
+    """The canonical specs of every backend's sweep: exact first, then by backend, in the order of its sweep.
+
+    Without the backends for one shared memory, which no model has for every row and head.
+    """
     from recollect.memory_backends import list_backends
 
     found: dict[str, None] = {}
     for info in sorted(list_backends(), key=lambda info: (info.name != "exact", info.name)):
-        found.update(dict.fromkeys(info.sweep))
+        found.update(dict.fromkeys(() if info.one_shared else info.sweep))
     return list(found)
 
 

@@ -79,7 +79,7 @@ def probe(checkpoints: Sequence[Path], text: EvaluationText, options: Mapping[st
 
 def default_specs() -> list[str]:
     """Every index with its default options, whether installed or not."""
-    return [info.name for info in list_backends() if info.name not in _NO_INDEX]
+    return [info.name for info in list_backends() if info.name not in _NO_INDEX and not info.one_shared]
 
 
 def _label(spec: str) -> str:

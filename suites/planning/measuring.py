@@ -105,7 +105,8 @@ def default_specs(device: str = "cpu") -> tuple[str, ...]:
     found = []
     for info in list_backends():
         spec = canonical_spec(info.name)
-        if info.name in NOT_PLANNED or torch.device(device).type not in capabilities_of(spec).devices:
+        left_out = info.one_shared or info.name in NOT_PLANNED
+        if left_out or torch.device(device).type not in capabilities_of(spec).devices:
             continue
         with contextlib.suppress(BackendUnavailable):
             check_available(spec)

@@ -42,6 +42,7 @@ def backends(as_json: JsonOption = False) -> None:
             "/".join(able.devices),
             *(["trained"] if able.needs_training else []),
             *([] if able.deterministic else ["not deterministic"]),
+            *(["for one shared memory"] if info.one_shared else []),
         ]
         here = "yes" if info.available else info.pip_command
         table.add_row(info.name, info.summary, options or "none", ", ".join(traits), here)
