@@ -57,3 +57,15 @@ class OverBudget(MemoryBackendError, ValueError):
 
 class DiskFull(MemoryBackendError):
     """A folder has no room for the file that was asked for; the message says how much there is, and what to do."""
+
+
+class StoreMissing(CorruptMemory):
+    """There is nothing at a store's address, or it was deleted while it was open."""
+
+
+class StoreUnreachable(MemoryBackendError, ConnectionError):
+    """A store's address refused, or did not answer within the deadline."""
+
+
+class WriteConflict(MemoryBackendError):
+    """Another writer changed the store first; nothing was written, and the message says what to do."""
