@@ -214,13 +214,18 @@ class KeyRing:
             self._file.touch(min(len(some) * PAGES_OF_A_ROW, self._file.nbytes))
         return gathered
 
-    def chunk(self, memory: int, start: int, stop: int) -> Tensor:
-        """The keys (stop - start, D) float32 in slots start to stop - 1; a view where they are stored as such."""
+    def chunk(self, memory: int, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """The keys (stop - start, D) float32 in slots start to stop - 1.
+
+        A view where they are stored as such; else decoded, into `out` (stop - start, D) if given.
+        """
         if self._file is not None:
             self._file.touch((stop - start) * self._file.tensor.shape[2] * self._file.tensor.element_size())
         if self.whole is not None:
             return self.whole[memory, start:stop]
-        return self.stored[memory, start:stop] if self.storage == "float32" else self.decode(memory, start, stop)
+        if self.storage == "float32":
+            return self.stored[memory, start:stop]
+        return self.decode(memory, start, stop, out)
 
     def decode(self, memory: int, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """The same from what is stored, even where whole keys are kept too; into `out` (stop - start, D) if given."""

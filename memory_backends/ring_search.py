@@ -89,11 +89,14 @@ def _search_decoded(
     """Queries (Q, D) against slots start to stop - 1, decoded a chunk at a time: the k best of each, merged."""
     chunk = max(1024, DECODED_FLOATS // queries.shape[1])
     on_cpu = queries.device.type == "cpu"
+    # One room for all: fresh memory for every chunk would be mapped and cleared each time.
+    room = queries.new_empty(min(chunk, stop - start) if ring.storage != "float32" else 0, queries.shape[1])
     best: Tensor | None = None
     where: Tensor | None = None
     for begin in range(start, stop, chunk):
         end = min(stop, begin + chunk)
-        asked = queries[None], ring.chunk(memory, begin, end)[None], [end - begin], min(k, end - begin)
+        keys = ring.chunk(memory, begin, end, room[: end - begin])
+        asked = queries[None], keys[None], [end - begin], min(k, end - begin)
         fused = cpu_search.search_by_score(*asked, memories=[0], metric=metric) if on_cpu else None
         found, places = fused or search_by_score(*asked, metric=metric)
         found, places = found[0], places[0] + begin
