@@ -27,8 +27,8 @@ CANDIDATES = 4
 to look at more after twice as many, and none after four times."""
 WIDEST = 4096
 """Candidates to a query at most; beyond, the file is read."""
-DECODED_FLOATS = 1 << 22
-"""Numbers decoded at a time: 16 MiB."""
+DECODED_FLOATS = 1 << 23
+"""Numbers decoded at a time: 32 MiB."""
 ROUNDING = 1e-5
 """By how much float32 may be off, relative to |q| times the longest key."""
 

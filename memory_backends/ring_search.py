@@ -20,8 +20,8 @@ from recollect.memory_backends.block_topk import KEPT_SCORES, QUERY_BATCH, Selec
 from recollect.memory_backends.coded_search import search_codes
 from recollect.memory_backends.key_ring import KeyRing
 
-DECODED_FLOATS = 1 << 22
-"""Numbers decoded at a time from keys that are not stored as float32: 16 MiB."""
+DECODED_FLOATS = 1 << 23
+"""Numbers decoded at a time from keys that are not stored as float32: 32 MiB."""
 
 
 def search_ring(

@@ -12,26 +12,12 @@ from recollect.memory_backends import ring_search
 from recollect.memory_backends.block_topk import select_top
 from recollect.memory_backends.implementations.approx_topk import select_by_buckets
 from recollect.memory_backends.key_ring import KeyRing
+from recollect.memory_backends.options import KeyStorage
 from recollect.memory_backends.ring_search import search_ring
 
 
-class StoredHalf(KeyRing):
-    """A ring whose keys are bfloat16 numbers, with what `search_ring` asks of such a ring and nothing else."""
-
-    storage = "bfloat16"
-
-    def __init__(self, keys: Tensor) -> None:
-        self.stored = keys.bfloat16()
-
-    def chunk(self, memory: int, start: int, stop: int) -> Tensor:
-        return self.stored[memory, start:stop].float()
-
-    def gather(self, slots: Tensor, memories: Tensor) -> Tensor:
-        return torch.stack([self.stored[memory][slots[row]].float() for row, memory in enumerate(memories)])
-
-
-def filled(keys: Tensor) -> KeyRing:
-    ring = KeyRing(keys.shape[0], keys.shape[1], keys.shape[2], device=torch.device("cpu"))
+def filled(keys: Tensor, storage: KeyStorage = "float32") -> KeyRing:
+    ring = KeyRing(keys.shape[0], keys.shape[1], keys.shape[2], device=torch.device("cpu"), storage=storage)
     ring.append(keys, torch.arange(len(keys)))
     return ring
 
@@ -47,7 +33,7 @@ def truth(queries: Tensor, keys: Tensor, metric: str) -> Tensor:
 def test_a_run_of_slots(monkeypatch: pytest.MonkeyPatch, metric: str, stored: bool, first: int) -> None:
     monkeypatch.setattr(ring_search, "DECODED_FLOATS", 1024 * 6)
     keys, queries = torch.randn(3, 2500, 6).bfloat16().float(), torch.randn(2, 19, 6)
-    ring = StoredHalf(keys) if stored else filled(keys)
+    ring = filled(keys, "bfloat16" if stored else "float32")
     which, lengths = torch.tensor([2, 0]), [2400, 5]
     scores, slots = search_ring(ring, queries, 9, which, lengths, metric, first=first)
     for row, memory in enumerate(which.tolist()):
@@ -69,14 +55,14 @@ def test_a_choice_among_all_scores_of_stored_keys(
     keys, queries = torch.randn(2, 2500, 6).bfloat16().float(), torch.randn(2, 19, 6)
     select = select_top if buckets is None else partial(select_by_buckets, buckets=buckets)
     asked = (queries, 9, [0, 1], [2500, 0], metric)
-    scores, slots = search_ring(StoredHalf(keys), *asked, select=select)
+    scores, slots = search_ring(filled(keys, "bfloat16"), *asked, select=select)
     expected, places = search_ring(filled(keys), *asked, select=select)
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
     assert (slots == places).float().mean() > 0.99
 
 
 def test_nothing_asked_or_nothing_there() -> None:
-    ring = StoredHalf(torch.randn(1, 10, 6))
+    ring = filled(torch.randn(1, 10, 6), "bfloat16")
     scores, slots = search_ring(ring, torch.randn(1, 0, 6), 3, [0], [10], "inner_product")
     assert scores.shape == slots.shape == (1, 0, 3)
     scores, slots = search_ring(ring, torch.randn(1, 2, 6), 3, [0], [0], "inner_product")
