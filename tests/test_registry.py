@@ -33,6 +33,7 @@ BUILT_IN = {
     "faiss-ivf",
     "faiss-ivfpq",
     "hnswlib",
+    "milvus",
     "pynndescent",
     "rerank",
     "scann",
