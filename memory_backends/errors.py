@@ -69,3 +69,7 @@ class StoreUnreachable(MemoryBackendError, ConnectionError):
 
 class WriteConflict(MemoryBackendError):
     """Another writer changed the store first; nothing was written, and the message says what to do."""
+
+
+class Unreachable(MemoryBackendError, ConnectionError):
+    """A cluster, a server or a process that the memory needs does not answer within its deadline; nothing is lost."""

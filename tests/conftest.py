@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,6 +13,15 @@ settings.register_profile("default", deadline=None, max_examples=25, suppress_he
 settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True)
 settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
+
+
+@pytest.fixture(scope="session")
+def ray_running() -> Iterator[None]:
+    """Keeps Ray and its processes alive from one test to the next: starting them takes seconds."""
+    from recollect.memory_backends import make_backend
+
+    with make_backend("ray:shards=3", num_memories=1, capacity=4, dim=2):
+        yield
 
 
 @pytest.fixture(autouse=True)

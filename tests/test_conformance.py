@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import pytest
 
 from recollect.memory_backends import backend_names, canonical_spec, describe_backend
+from recollect.memory_backends.registry import backend_class
+from recollect.memory_backends.spec import parse_spec
 from recollect.memory_backends.testing import BackendConformance
 
 SWEEP_ENTRIES = 1
@@ -44,4 +46,6 @@ class TestEveryBackend(BackendConformance):
 
     @pytest.fixture(params=specs())
     def spec(self, request: pytest.FixtureRequest) -> Any:
+        if parse_spec(request.param)[0] == "ray" and not backend_class("ray").missing_requirements():
+            request.getfixturevalue("ray_running")
         return request.param

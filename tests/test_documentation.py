@@ -93,7 +93,7 @@ def test_a_command_can_be_typed_as_it_is_shown(page: str, command: str) -> None:
             files = [argument.partition("::")[0] for argument in arguments if argument.endswith((".py", ".md"))]
             assert all((ROOT / file).is_file() for file in files)
         else:
-            assert program in {"pip", "pre-commit", "asv", "mkdocs", "git"} or "=" in program, command
+            assert program in {"pip", "pre-commit", "asv", "mkdocs", "git", "ray"} or "=" in program, command
 
 
 @pytest.mark.parametrize("page", with_language("toml"))

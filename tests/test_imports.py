@@ -19,6 +19,7 @@ HEAVY = (
     "tensorflow",
     "altair",
     "pandas",
+    "ray",
     "asv",
 )
 

@@ -1,0 +1,371 @@
+"""This process's one connection to Ray, the processes that hold shards, and their end.
+
+Ray is started on this machine when the first memory is made, in a folder of its own, and ended with the last: then no
+process and no file is left, nor are they after Ctrl-C or when this process is killed (Ray's processes end with the one
+that started them, and a watcher removes the folder). Where the program has connected to Ray itself, that connection is
+used and never ended.
+
+A host is one process for the shards number s of every memory with the same placement, so that many memories need no
+more processes than one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import queue
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recollect.memory_backends.errors import InvalidInput, Unreachable
+from recollect.memory_backends.ray_host import ShardHost
+from recollect.memory_backends.ray_start import (
+    check_version,
+    environment,
+    first_line,
+    knock,
+    object_store_bytes,
+    processes_of,
+    short_folder,
+    usual_signals,
+    watch,
+    within,
+)
+
+LOCAL = "local"
+START_SECONDS = 60.0
+"""For Ray to start on this machine."""
+RECONNECT_SECONDS = 600
+"""For which a program outlives the head of its cluster. Ray ends it after 60 without a word otherwise, and every call
+here has a deadline and an error of its own."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a shard's process may run.
+
+    Attributes:
+        cpus, gpus: that Ray reserves for it.
+        resources: of the cluster's own names, with how much of each.
+        spread: over the machines of the cluster; else on this one as long as there is room.
+    """
+
+    cpus: float = 0.0
+    gpus: float = 0.0
+    resources: tuple[tuple[str, float], ...] = ()
+    spread: bool = True
+
+    def __str__(self) -> str:
+        wanted = {"cpus_per_shard": self.cpus, "gpus_per_shard": self.gpus, **dict(self.resources)}
+        return ", ".join(f"{name} {amount:g}" for name, amount in wanted.items() if amount) or "nothing in particular"
+
+
+class Host:
+    """A process that holds shards, which Ray starts again when it ends."""
+
+    def __init__(self, placement: Placement, index: int) -> None:
+        self.placement = placement
+        self.index = index
+        self.users = 0
+        self.actor: Any = None
+        self.start()
+
+    def start(self) -> None:
+        """Asks Ray for the process, without waiting for it; anew where Ray has given the former one up."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        strategy: Any = "SPREAD"
+        if not self.placement.spread:
+            strategy = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        self.actor = (
+            ray.remote(ShardHost)
+            .options(
+                num_cpus=self.placement.cpus,
+                num_gpus=self.placement.gpus,
+                resources=dict(self.placement.resources) or None,
+                # The process comes back, empty. What was asked of it is never repeated by Ray: whoever asked
+                # finds out how it stands first.
+                max_restarts=-1,
+                max_task_retries=0,
+                scheduling_strategy=strategy,
+            )
+            .remote()
+        )
+
+    def end(self) -> None:
+        """Ends the process for good."""
+        import ray
+
+        with contextlib.suppress(Exception):  # Ray may be gone already
+            ray.kill(self.actor, no_restart=True)
+
+
+@dataclass(eq=False)
+class Lease:
+    """The hosts that one memory uses, and the name of its shards there."""
+
+    hosts: list[Host]
+    name: str
+    given_back: bool = field(default=False)
+
+
+class Session:
+    """The connection, counted by the memories that use it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._hosts: dict[tuple[Placement, int], Host] = {}
+        self._leases: set[Lease] = set()
+        self.address: str | None = None
+        """What was asked for by the memories that there are; None where there are none."""
+        self._connected = False
+        """Whether the connection is this session's own, to be ended with the last memory."""
+        self._folder: Path | None = None
+        self._watcher: subprocess.Popen[bytes] | None = None
+        self._children: list[Any] = []
+        self._process = 0
+        """That connected: a fork of it ends nothing."""
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+
+    @property
+    def embedded(self) -> bool:
+        """Whether Ray runs on this machine because this session started it."""
+        return self._folder is not None
+
+    def lease(self, address: str, placement: Placement, shards: int, name: str, deadline: float) -> Lease:
+        """Connects if need be, and takes a host for each shard.
+
+        Raises:
+            BackendUnavailable: Ray is too old.
+            InvalidInput: this process is connected to another address.
+            Unreachable: Ray does not start, or does not answer at the address.
+        """
+        with self._lock:
+            self._connect(address, deadline)
+            lease = Lease([], name)
+            self._leases.add(lease)
+            try:
+                for index in range(shards):
+                    host = self._hosts.get((placement, index))
+                    if host is None:
+                        host = self._hosts[placement, index] = Host(placement, index)
+                    host.users += 1
+                    lease.hosts.append(host)
+            except BaseException:
+                self.give_back(lease)
+                raise
+            return lease
+
+    def give_back(self, lease: Lease) -> None:
+        """Forgets a memory's shards, ends hosts that nobody uses any more, and with the last memory the connection."""
+        with self._lock:
+            if lease.given_back or self._process != os.getpid():
+                return
+            lease.given_back = True
+            self._leases.discard(lease)
+            for host in lease.hosts:
+                host.users -= 1
+                if host.users:
+                    with contextlib.suppress(Exception):  # a process that is gone holds nothing
+                        host.actor.forget.remote(lease.name)
+                else:
+                    self._hosts.pop((host.placement, host.index), None)
+                    host.end()
+            if not self._leases:
+                self._disconnect()
+
+    def give_back_later(self, lease: Lease) -> None:
+        """The same from a finaliser, which may run at any point of any thread: nothing is done there."""
+        self._tasks.put(lambda: self.give_back(lease))
+
+    def end(self) -> None:
+        """Ends everything, at the exit of the process."""
+        if self._process != os.getpid():
+            return
+        with self._lock:
+            for lease in list(self._leases):
+                self.give_back(lease)
+
+    # Connecting -------------------------------------------------------------------------------------------------------
+
+    def _connect(self, address: str, deadline: float) -> None:
+        import ray
+
+        check_version(ray.__version__)
+        if self.address is not None and not ray.is_initialized():
+            # The program has shut Ray down under the memories that there are; they find out when they are used.
+            self._hosts.clear()
+            self._leases.clear()
+            self._clean()
+        if self.address is not None:
+            if address != self.address:
+                raise InvalidInput(
+                    f"address={address!r}: this process is connected to Ray at {self.address!r} by other memories; "
+                    "close them first, or use the same address"
+                )
+            return
+        self._start_thread()
+        if ray.is_initialized():
+            there = ray.get_runtime_context().gcs_address
+            if address not in (LOCAL, "auto", there):
+                raise InvalidInput(
+                    f"address={address!r}: this program is connected to Ray at {there}; leave the address out to use "
+                    "that, or call ray.shutdown() first"
+                )
+        elif address == LOCAL:
+            self._start()
+        else:
+            self._join(address, deadline)
+        self.address = address
+        self._process = os.getpid()
+
+    def _start(self) -> None:
+        folder = Path(tempfile.mkdtemp(prefix="rcl-", dir=short_folder()))
+        try:
+            self._folder = folder
+            self._watcher = watch(folder)
+            # What Ray starts ends with the *thread* that started it: so no thread but the main one or a lasting one.
+            if threading.current_thread() is threading.main_thread():
+                self._init_local(folder)
+            else:
+                self._in_lasting_thread(lambda: self._init_local(folder))
+        except BaseException as error:
+            self._shutdown()
+            if isinstance(error, Exception):
+                raise Unreachable(
+                    f"Ray does not start on this machine: {first_line(error)}. Free some main memory or disk in "
+                    f"{folder.parent}, or name a cluster with address="
+                ) from error
+            raise
+        self._connected = True
+
+    def _init_local(self, folder: Path) -> None:
+        import ray
+
+        with usual_signals(), environment(RAY_USAGE_STATS_ENABLED="0"):
+            ray.init(
+                address=LOCAL,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=object_store_bytes(),
+                _temp_dir=str(folder),
+            )
+        import psutil
+
+        self._children = psutil.Process().children(recursive=True)
+
+    def _join(self, address: str, deadline: float) -> None:
+        import ray
+
+        knock(address, deadline)
+
+        def join() -> None:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+
+        try:
+            with usual_signals(), environment(RAY_gcs_rpc_server_reconnect_timeout_s=str(RECONNECT_SECONDS)):
+                within(join, deadline)
+        except TimeoutError:
+            raise Unreachable(
+                f"Ray at address={address!r} did not take this program in within {deadline:g} s: what answers there "
+                "may be no head of a Ray cluster. `ray status --address=...` tells; deadline_seconds waits longer"
+            ) from None
+        except Exception as error:
+            with contextlib.suppress(Exception):
+                ray.shutdown()
+            raise Unreachable(
+                f"Ray at address={address!r} does not take this program in: {first_line(error)}. This machine has to "
+                "be one of the cluster (`ray start --address=...` joins it), with the same versions of Ray and Python"
+            ) from error
+        self._connected = True
+
+    # The end ----------------------------------------------------------------------------------------------------------
+
+    def _disconnect(self) -> None:
+        if self.address is None:
+            return
+        try:
+            if self._connected:
+                self._shutdown()
+        finally:
+            self._clean()
+
+    def _shutdown(self) -> None:
+        import ray
+
+        with contextlib.suppress(Exception):
+            ray.shutdown()
+        if self._folder is not None:
+            import psutil
+
+            # Ray asks its processes to end and does not look back.
+            _, alive = psutil.wait_procs([*self._children, *processes_of(self._folder)], timeout=5)
+            for process in alive:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            psutil.wait_procs(alive, timeout=5)
+        self._clean()
+
+    def _clean(self) -> None:
+        self.address, self._connected, self._children = None, False, []
+        self._ended.set()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+        if self._watcher is not None:
+            self._watcher.kill()
+            self._watcher.wait()
+            if self._watcher.stdin is not None:
+                self._watcher.stdin.close()
+            self._watcher = None
+
+    # A thread of its own ----------------------------------------------------------------------------------------------
+
+    def _start_thread(self) -> None:
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._work, name="recollect-ray", daemon=True)
+            self._thread.start()
+            atexit.register(self.end)
+
+    def _work(self) -> None:
+        while True:
+            task = self._tasks.get()
+            try:
+                task()
+            except Exception:  # a memory that nobody holds any more has nobody to tell
+                logging.getLogger(__name__).debug("giving back a shard failed", exc_info=True)
+
+    def _in_lasting_thread(self, call: Callable[[], None]) -> None:
+        """Calls in a thread that lives as long as the connection."""
+        done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        ended = self._ended = threading.Event()
+
+        def run() -> None:
+            try:
+                call()
+            except BaseException as error:
+                done.put(error)
+                return
+            done.put(None)
+            ended.wait()
+
+        threading.Thread(target=run, name="recollect-ray-start", daemon=True).start()
+        error = done.get()
+        if error is not None:
+            raise error
+
+
+SESSION = Session()
+"""Of this process."""

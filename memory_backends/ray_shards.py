@@ -1,0 +1,263 @@
+"""All shards of one memory: what is asked of them at once, with a deadline, and what happens where one does not answer.
+
+Letters as in `base`; S shards.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from recollect.memory_backends.errors import Unreachable
+from recollect.memory_backends.key_ring import KeyRing
+from recollect.memory_backends.ray_host import Refused
+from recollect.memory_backends.ray_link import RETRY_SECONDS, Recovery, ShardLink, as_ours, came_from_ray
+from recollect.memory_backends.sharding import alike
+
+
+class PartialAnswer(UserWarning):
+    """A search was answered without some of the shards, as `partial=true` allows."""
+
+
+class Shards:
+    """The links to all shards of a memory. Asked by several threads at once; changed by one.
+
+    Args:
+        links: S of them, in order.
+
+    Attributes:
+        missing: the shards that the last search was answered without.
+        partial_answers: searches that were answered without some shard.
+    """
+
+    def __init__(self, links: list[ShardLink]) -> None:
+        self.links = links
+        self.missing: tuple[int, ...] = ()
+        self.partial_answers = 0
+        self._lock = threading.RLock()
+        self._received_bytes = 0
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes of keys, queries and answers that have gone to the shards or come from them."""
+        return self._received_bytes + sum(link.moved_bytes for link in self.links)
+
+    @property
+    def recoveries(self) -> list[Recovery]:
+        """Shards that were lost and are back, in the order in which they came back to each link."""
+        return [recovery for link in self.links for recovery in link.recoveries]
+
+    def use(self, ring: KeyRing) -> None:
+        """Has the links read the keys where they are now: a backend around this one may keep them itself."""
+        for link in self.links:
+            link.ring = ring
+
+    def append(self, keys: Tensor, slots: Tensor, memories: Tensor) -> None:
+        """Sends every shard its part of keys that the ring has got, without waiting.
+
+        Raises:
+            MemoryBackendError: what an earlier append failed with in a shard; the shard is filled anew.
+        """
+        groups = alike(slots[:, 0])
+        with self._lock:
+            check_connected()
+            for link in self.links:
+                link.settle()
+                link.begin()
+                link.raise_failure()
+            for link in self.links:
+                link.append(groups, keys, slots, memories)
+
+    def reset(self, memories: Tensor) -> None:
+        """Empties memories, which the ring has emptied already."""
+        with self._lock:
+            check_connected()
+            for link in self.links:
+                link.reset(memories)
+
+    def refill(self, why: str, *, all_of_them: bool = False) -> None:
+        """Has shards filled anew that hold other keys than the ring counts, or all of them."""
+        with self._lock:
+            for link in self.links:
+                if all_of_them or bool((link.sent > link.ring.totals).any()):
+                    link.lost(why, time.monotonic())
+
+    def begin_again(self) -> None:
+        """Has all shards made and filled anew, by what they are made from now."""
+        with self._lock:
+            for link in self.links:
+                link.forget()
+
+    def ask(
+        self,
+        method: str,
+        arguments: Callable[[ShardLink], tuple[Any, ...]],
+        memories: Tensor,
+        *,
+        deadline: float,
+        partial: bool = False,
+        changes: bool = False,
+    ) -> dict[int, Any]:
+        """Calls a method of every shard that has all keys of `memories`, once it has.
+
+        A shard that is away is made and filled meanwhile.
+
+        Args:
+            method: of `ShardHost`.
+            arguments: what it is called with, after name and expectation.
+            memories: whose keys the shards have to hold.
+            deadline: seconds within which each shard has to answer something, since the call or its last answer.
+            partial: leave out shards that are away, if any answers.
+            changes: the method changes the shard.
+
+        Returns:
+            The answers by number of shard; some are missing only where `partial`.
+
+        Raises:
+            Unreachable: a shard was away, or did not answer, for that long.
+            MemoryBackendError: what the call, or an earlier append, failed with in a shard.
+        """
+        import ray
+
+        started = time.monotonic()
+        answers: dict[int, Any] = {}
+        asked: dict[Any, tuple[ShardLink, str | None, float]] = {}
+        away = list(self.links)
+        while True:
+            with self._lock:
+                check_connected()
+                for link in list(away):
+                    if _brought_up(link, memories):
+                        call = link.change if changes else link.ask
+                        asked[call(method, *arguments(link))] = (link, link.epoch, time.monotonic())
+                        away.remove(link)
+            if not asked and (not away or (partial and answers)):
+                return answers
+            waiting = [*asked, *(future for link in away for future in link.futures())]
+            everyone = len(asked) if not away else 1
+            left = min(
+                self._left(link, started, deadline) for link in (*away, *(link for link, _, _ in asked.values()))
+            )
+            if away and not (partial and asked):
+                left = min(left, RETRY_SECONDS)
+            if waiting:
+                ready, _ = ray.wait(waiting, num_returns=everyone, timeout=max(left, 0.0))
+            else:
+                ready = []
+                time.sleep(max(min(left, RETRY_SECONDS), 0.0))
+            for reference in [one for one in ready if one in asked]:
+                link, epoch, since = asked.pop(reference)
+                if self._take(reference, link, epoch, since, answers):
+                    continue
+                away.append(link)
+            self._give_up(away, asked, started, deadline, partial)
+
+    def _take(self, reference: Any, link: ShardLink, epoch: str | None, since: float, answers: dict[int, Any]) -> bool:
+        """Takes in the answer to a call; whether there is one, rather than a shard that turns out to be lost."""
+        import ray
+
+        try:
+            answer = ray.get(reference)
+        except Exception as error:
+            if not came_from_ray(error) or isinstance(error, ray.exceptions.ObjectStoreFullError):
+                raise as_ours(error, link.where) from error
+            answer = error
+        with self._lock:
+            lost = isinstance(answer, Exception | Refused)
+            if link.epoch == epoch:  # another thread may have found out already
+                if lost:
+                    link.lost(answer, since)
+                else:
+                    link.progress = time.monotonic()
+                    link.settle(all_done=True)
+        if not lost:
+            answers[link.share.shard] = answer
+        return not lost
+
+    def _left(self, link: ShardLink, started: float, deadline: float) -> float:
+        return max(started, link.progress) + deadline - time.monotonic()
+
+    def _give_up(
+        self,
+        away: list[ShardLink],
+        asked: dict[Any, tuple[ShardLink, str | None, float]],
+        started: float,
+        deadline: float,
+        partial: bool,
+    ) -> None:
+        """Raises for shards whose time is over, or leaves them out where the others will do."""
+        for reference, (link, epoch, since) in list(asked.items()):
+            if self._left(link, started, deadline) > 0:
+                continue
+            if not (partial and len(self.links) > 1):
+                raise Unreachable(
+                    f"{link.where} has not answered for {deadline:g} s. Its machine or process may be stopped or cut "
+                    "off, or busy for longer than that: raise deadline_seconds, or let the others answer with "
+                    "partial=true"
+                )
+            del asked[reference]
+            away.append(link)
+            with self._lock:
+                if link.epoch == epoch:
+                    link.lost("it did not answer in time", since)
+        if partial and asked:
+            return
+        for link in away:
+            if self._left(link, started, deadline) <= 0:
+                raise Unreachable(f"{link.where} has been away for {deadline:g} s: {_why_away(link)}")
+
+    def count_missing(self, answers: dict[int, Any]) -> tuple[int, ...]:
+        """Notes which shards a search was answered without, and returns them."""
+        missing = tuple(link.share.shard for link in self.links if link.share.shard not in answers)
+        with self._lock:
+            self.missing = missing
+            self.partial_answers += bool(missing)
+        return missing
+
+    def count_moved(self, size: int) -> None:
+        """Notes bytes of queries and answers."""
+        with self._lock:
+            self._received_bytes += size
+
+
+def _brought_up(link: ShardLink, memories: Tensor) -> bool:
+    """Does what can be done for a shard now; whether it has got every key of `memories`."""
+    link.settle()
+    link.begin()
+    link.raise_failure()
+    if not link.current(memories):
+        link.push()
+    return link.current(memories)
+
+
+def _why_away(link: ShardLink) -> str:
+    import ray
+
+    keys = "its keys are safe with the caller, and it is filled again as soon as it has a process"
+    if link.progress:
+        return (
+            f"{link.away_because or 'it is being filled'}. No key is lost: {keys}. Wait longer with deadline_seconds, "
+            "or let the others answer with partial=true"
+        )
+    there = {
+        name: amount for name, amount in ray.cluster_resources().items() if not name.startswith(("node:", "object"))
+    }
+    return (
+        f"{link.away_because or 'Ray has found no place for it'}. Each shard asks for {link.host.placement}, and the "
+        f"cluster has {there} in all: ask for less, take fewer shards, or add machines"
+    )
+
+
+def check_connected() -> None:
+    """Raises Unreachable where the program has ended its connection to Ray."""
+    import ray
+
+    if not ray.is_initialized():
+        raise Unreachable("the connection to Ray was ended by ray.shutdown(): make the memory again, or load it")
+
+
+__all__ = ["PartialAnswer", "Shards", "check_connected"]
