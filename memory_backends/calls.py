@@ -57,7 +57,7 @@ def writes(method: Method[Backend, Arguments, Result]) -> Method[Backend, Argume
     return wrapped
 
 
-def _call(method: Callable[..., Result], backend: MemoryBackend, *arguments: Any, **named: Any) -> Result:
+def _call(method: Callable[..., Result], backend: MemoryBackend, /, *arguments: Any, **named: Any) -> Result:
     if backend._refusal is not None:
         raise type(backend._refusal)(*backend._refusal.args)
     try:

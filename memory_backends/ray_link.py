@@ -382,7 +382,10 @@ def in_words(why: BaseException | Refused | str) -> str:
     import ray
 
     if isinstance(why, ray.exceptions.ActorDiedError):
-        return "its process ended"
+        lines = [line.strip() for line in str(why).splitlines() if line.strip()]
+        return (
+            f"its process cannot start: {lines[-1][:200]}" if why.actor_init_failed and lines else "its process ended"
+        )
     if isinstance(why, ray.exceptions.GetTimeoutError):
         return "it did not answer in time"
     lines = [line.strip() for line in str(getattr(why, "cause", why)).splitlines() if line.strip()]

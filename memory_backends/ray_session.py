@@ -31,6 +31,7 @@ from recollect.memory_backends.ray_start import (
     check_version,
     environment,
     first_line,
+    import_path,
     knock,
     object_store_bytes,
     processes_of,
@@ -105,7 +106,7 @@ class Host:
         """Ends the process for good."""
         import ray
 
-        with contextlib.suppress(Exception):  # Ray may be gone already
+        with contextlib.suppress(Exception):  # a process that is gone needs no end
             ray.kill(self.actor, no_restart=True)
 
 
@@ -131,12 +132,18 @@ class Session:
         """Whether the connection is this session's own, to be ended with the last memory."""
         self._folder: Path | None = None
         self._watcher: subprocess.Popen[bytes] | None = None
-        self._children: list[Any] = []
+        self._identity: tuple[str, str] | None = None
         self._process = 0
         """That connected: a fork of it ends nothing."""
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+
+    def stands(self) -> bool:
+        """Whether the connection that memories were made over is still there, and no other one."""
+        import ray
+
+        return self.address is not None and ray.is_initialized() and self._identity == _identity()
 
     @property
     def embedded(self) -> bool:
@@ -174,14 +181,17 @@ class Session:
                 return
             lease.given_back = True
             self._leases.discard(lease)
+            # Where it does not stand any more, Ray would take any call for a wish to connect to whatever it finds.
+            there = self.stands()
             for host in lease.hosts:
                 host.users -= 1
-                if host.users:
+                if not host.users:
+                    self._hosts.pop((host.placement, host.index), None)
+                    if there:
+                        host.end()
+                elif there:
                     with contextlib.suppress(Exception):  # a process that is gone holds nothing
                         host.actor.forget.remote(lease.name)
-                else:
-                    self._hosts.pop((host.placement, host.index), None)
-                    host.end()
             if not self._leases:
                 self._disconnect()
 
@@ -203,11 +213,11 @@ class Session:
         import ray
 
         check_version(ray.__version__)
-        if self.address is not None and not ray.is_initialized():
+        if self.address is not None and not self.stands():
             # The program has shut Ray down under the memories that there are; they find out when they are used.
             self._hosts.clear()
             self._leases.clear()
-            self._clean()
+            self._disconnect()
         if self.address is not None:
             if address != self.address:
                 raise InvalidInput(
@@ -229,6 +239,7 @@ class Session:
             self._join(address, deadline)
         self.address = address
         self._process = os.getpid()
+        self._identity = _identity()
 
     def _start(self) -> None:
         folder = Path(tempfile.mkdtemp(prefix="rcl-", dir=short_folder()))
@@ -253,7 +264,7 @@ class Session:
     def _init_local(self, folder: Path) -> None:
         import ray
 
-        with usual_signals(), environment(RAY_USAGE_STATS_ENABLED="0"):
+        with usual_signals(), environment(RAY_USAGE_STATS_ENABLED="0"), import_path():
             ray.init(
                 address=LOCAL,
                 include_dashboard=False,
@@ -262,9 +273,6 @@ class Session:
                 object_store_memory=object_store_bytes(),
                 _temp_dir=str(folder),
             )
-        import psutil
-
-        self._children = psutil.Process().children(recursive=True)
 
     def _join(self, address: str, deadline: float) -> None:
         import ray
@@ -297,7 +305,7 @@ class Session:
         if self.address is None:
             return
         try:
-            if self._connected:
+            if self._connected and (self.stands() or self.embedded):
                 self._shutdown()
         finally:
             self._clean()
@@ -305,21 +313,22 @@ class Session:
     def _shutdown(self) -> None:
         import ray
 
-        with contextlib.suppress(Exception):
-            ray.shutdown()
-        if self._folder is not None:
+        ours = [] if self._folder is None else processes_of(self._folder)
+        if not self.address or self.stands():  # it is not another one, of the program's own by now
+            with contextlib.suppress(Exception):
+                ray.shutdown()
+        if ours:
             import psutil
 
-            # Ray asks its processes to end and does not look back.
-            _, alive = psutil.wait_procs([*self._children, *processes_of(self._folder)], timeout=5)
-            for process in alive:
+            # Ray asks its processes to end and does not look back; nothing in them is worth waiting for.
+            for process in ours:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
-            psutil.wait_procs(alive, timeout=5)
+            psutil.wait_procs(ours, timeout=5)
         self._clean()
 
     def _clean(self) -> None:
-        self.address, self._connected, self._children = None, False, []
+        self.address, self._connected = None, False
         self._ended.set()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -365,6 +374,14 @@ class Session:
         error = done.get()
         if error is not None:
             raise error
+
+
+def _identity() -> tuple[str, str]:
+    """Which connection there is now."""
+    import ray
+
+    context = ray.get_runtime_context()
+    return context.get_node_id(), context.get_job_id()
 
 
 SESSION = Session()

@@ -16,6 +16,7 @@ from recollect.memory_backends.errors import Unreachable
 from recollect.memory_backends.key_ring import KeyRing
 from recollect.memory_backends.ray_host import Refused
 from recollect.memory_backends.ray_link import RETRY_SECONDS, Recovery, ShardLink, as_ours, came_from_ray
+from recollect.memory_backends.ray_session import SESSION
 from recollect.memory_backends.sharding import alike
 
 
@@ -154,7 +155,7 @@ class Shards:
                 if self._take(reference, link, epoch, since, answers):
                     continue
                 away.append(link)
-            self._give_up(away, asked, started, deadline, partial)
+            self._give_up(away, asked, answers, started, deadline, partial)
 
     def _take(self, reference: Any, link: ShardLink, epoch: str | None, since: float, answers: dict[int, Any]) -> bool:
         """Takes in the answer to a call; whether there is one, rather than a shard that turns out to be lost."""
@@ -185,6 +186,7 @@ class Shards:
         self,
         away: list[ShardLink],
         asked: dict[Any, tuple[ShardLink, str | None, float]],
+        answers: dict[int, Any],
         started: float,
         deadline: float,
         partial: bool,
@@ -204,7 +206,7 @@ class Shards:
             with self._lock:
                 if link.epoch == epoch:
                     link.lost("it did not answer in time", since)
-        if partial and asked:
+        if partial and (asked or answers):
             return
         for link in away:
             if self._left(link, started, deadline) <= 0:
@@ -254,9 +256,7 @@ def _why_away(link: ShardLink) -> str:
 
 def check_connected() -> None:
     """Raises Unreachable where the program has ended its connection to Ray."""
-    import ray
-
-    if not ray.is_initialized():
+    if not SESSION.stands():
         raise Unreachable("the connection to Ray was ended by ray.shutdown(): make the memory again, or load it")
 
 

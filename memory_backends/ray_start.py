@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import recollect
 from recollect.memory_backends.errors import BackendUnavailable, Unreachable
 
 LEAST_VERSION = (2, 50)
@@ -100,15 +101,16 @@ def watch(folder: Path) -> subprocess.Popen[bytes] | None:
 
 
 def processes_of(folder: Path) -> list[Any]:
-    """Processes whose command names a folder: those that Ray started there, whoever their parent is by now."""
+    """The processes that Ray started for a folder, which their commands name, and those that they started."""
     import psutil
 
-    found = []
+    found = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.pid != os.getpid() and process.name() != "sh" and str(folder) in " ".join(process.cmdline()):
-                found.append(process)
-    return found
+                found[process.pid] = process
+                found.update({child.pid: child for child in process.children(recursive=True)})
+    return list(found.values())
 
 
 @contextlib.contextmanager
@@ -135,6 +137,21 @@ def environment(**values: str) -> Iterator[None]:
     finally:
         for name in added:
             os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def import_path() -> Iterator[None]:
+    """Has the processes that Ray starts find this very package, however this one found it."""
+    former = os.environ.get("PYTHONPATH")
+    here = str(Path(recollect.__file__).absolute().parents[1])
+    os.environ["PYTHONPATH"] = os.pathsep.join([here, *([former] if former else [])])
+    try:
+        yield
+    finally:
+        if former is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = former
 
 
 def first_line(error: BaseException) -> str:

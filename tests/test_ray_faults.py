@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -16,10 +17,10 @@ import psutil
 import pytest
 import torch
 
-from recollect.memory_backends import OverBudget, make_backend
+from recollect.memory_backends import InvalidInput, make_backend
 from recollect.memory_backends.errors import ClosedMemory, Unreachable
 from recollect.memory_backends.implementations.ray import Ray
-from recollect.memory_backends.ray_host import Expected, Group, Refused, ShardAbout, ShardHost
+from recollect.memory_backends.ray_host import Expected, Group, Refused, ShardAbout, ShardHost, group_of
 from recollect.memory_backends.ray_shards import PartialAnswer
 from recollect.memory_backends.testing import skip_unless_available, vectors
 
@@ -153,18 +154,20 @@ def test_a_process_that_ray_gives_up_is_replaced() -> None:
 
 @pytest.mark.usefixtures("ray_running")
 def test_an_append_that_fails_in_a_shard_is_told_at_the_next_call_and_made_good() -> None:
-    skip_unless_available("hnswlib")
-    # What its index takes cannot be said beforehand, so that it is only found out as it grows.
-    memory = make_backend("ray:shards=1,backend='hnswlib:max_bytes=60kB'", num_memories=1, capacity=800, dim=D)
-    memory.add(vectors(1, 800, D))
-    with pytest.raises(OverBudget, match="shard 0 of 1"):
-        memory.search(vectors(1, 3, D), K)
-    assert int(memory.lengths.sum()) == 800
-    memory.reset()
-    memory.add(vectors(1, 40, D))
-    exact = make_backend("exact", num_memories=1, capacity=800, dim=D)
-    exact.add(vectors(1, 40, D))
-    assert torch.equal(memory.search(vectors(1, 3, D), K).slots, exact.search(vectors(1, 3, D), K).slots)
+    memory, exact = pair("shards=2,deadline_seconds=60")
+    for one in (memory, exact):
+        one.add(vectors(2, 150, D))
+    link = memory.shards.links[0]
+    which = torch.arange(2)
+    wrong = group_of(which, link.totals(which), link.totals(which), vectors(2, 3, D + 1))
+    link._send([wrong])  # as a shard might run out of memory, or over its budget
+    with pytest.raises(InvalidInput, match=r"shard 0 of 2 \('exact'\): keys have shape .* expected .*dim=8"):
+        memory.search(vectors(2, 3, D), K)
+        memory.search(vectors(2, 3, D), K)
+    for one in (memory, exact):
+        one.add(vectors(2, 60, D, seed=1))
+    assert_same(memory, exact)
+    assert [one.keys_lost for one in memory.recoveries] == [0]
 
 
 # What a host refuses --------------------------------------------------------------------------------------------------
@@ -217,34 +220,22 @@ def test_an_append_that_fails_half_way_leaves_no_shard_that_passes_for_whole(mon
 # The end --------------------------------------------------------------------------------------------------------------
 
 SCRIPT = """
-import sys, time, torch
+import sys, torch
 from recollect.memory_backends import make_backend
 from recollect.memory_backends.ray_session import SESSION
 memory = make_backend("ray:shards=2", num_memories=1, capacity=1000, dim=8)
 memory.add(torch.randn(1, 1500, 8))
 memory.search(torch.randn(1, 5, 8), 3)
 print(SESSION._folder, flush=True)
-ending = sys.argv[1]
-if ending == "close":
-    memory.close()
-    assert SESSION._folder is None
-    memory = make_backend("ray:shards=1", num_memories=1, capacity=10, dim=8)
-    memory.add(torch.randn(1, 15, 8))
-    assert memory.search(torch.randn(1, 5, 8), 3).slots.min() >= 0
-    print(SESSION._folder, flush=True)
-    memory.close()
-    import psutil
-    print("left", psutil.Process().children(recursive=True), flush=True)
-elif ending != "exit":
-    while True:
-        memory.search(torch.randn(1, 500, 8), 3)
+while True:
+    memory.search(torch.randn(1, 500, 8), 3)
 """
 
 
-@pytest.mark.parametrize("ending", ["close", "exit", "SIGINT", "SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("ending", ["SIGINT", "SIGKILL"])
 def test_no_process_and_no_file_is_left(ending: str) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, ending],
+        [sys.executable, "-c", SCRIPT],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -254,24 +245,19 @@ def test_no_process_and_no_file_is_left(ending: str) -> None:
     assert process.stdout is not None
     first = process.stdout.readline().strip()
     assert first, process.communicate()[1]
-    folders = [Path(first)]
-    assert folders[0].is_dir()
-    assert processes_in(folders[0])
-    if ending.startswith("SIG"):
-        process.send_signal(getattr(signal, ending))
-    output, errors = process.communicate(timeout=60)
-    if ending == "close":
-        lines = output.splitlines()
-        folders.append(Path(lines[0]))
-        assert lines[1] == "left []", output
-    if not ending.startswith("SIG"):
-        assert process.returncode == 0, errors
-        assert not [line for line in errors.splitlines() if "rror" in line], errors
-    until = time.monotonic() + 20
-    for folder in folders:
-        while folder.exists() or processes_in(folder):
-            assert time.monotonic() < until, [one.cmdline() for one in processes_in(folder)]
-            time.sleep(0.1)
+    folder = Path(first)
+    assert folder.is_dir()
+    assert processes_in(folder)
+    process.send_signal(getattr(signal, ending))
+    process.communicate(timeout=60)
+    assert_gone(folder)
+
+
+def assert_gone(folder: Path) -> None:
+    until = time.monotonic() + 30
+    while folder.exists() or processes_in(folder):
+        assert time.monotonic() < until, [one.cmdline() for one in processes_in(folder)]
+        time.sleep(0.1)
 
 
 def processes_in(folder: Path) -> list[psutil.Process]:
@@ -286,9 +272,11 @@ def processes_in(folder: Path) -> list[psutil.Process]:
 
 
 OWN = """
-import ray, torch
-ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, _temp_dir={folder!r})
+import psutil, ray, subprocess, sys, torch
 from recollect.memory_backends import make_backend
+from recollect.memory_backends.ray_session import SESSION
+mine = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, _temp_dir={folder!r})
 with make_backend("ray:shards=2", num_memories=1, capacity=100, dim=8) as memory:
     memory.add(torch.randn(1, 15, 8))
     memory.search(torch.randn(1, 5, 8), 3)
@@ -301,18 +289,25 @@ try:
 except ConnectionError as error:
     print(error)
 memory.close()
+with make_backend("ray:shards=1", num_memories=1, capacity=10, dim=8) as memory:
+    memory.add(torch.randn(1, 15, 8))
+    assert memory.search(torch.randn(1, 5, 8), 3).slots.min() >= 0
+    print(SESSION._folder)
+assert mine.poll() is None, "a process of the program's own goes on"
+mine.communicate(b"\\n")
+print("left", psutil.Process().children(recursive=True), flush=True)
 """
 
 
-def test_a_connection_that_the_program_made_is_used_and_left(tmp_path: Path) -> None:
-    import tempfile
-
+def test_a_connection_that_the_program_made_is_used_and_left_and_one_of_ours_is_ended() -> None:
     with tempfile.TemporaryDirectory(prefix="own-", dir="/tmp") as folder:
-        done = subprocess.run(
-            [sys.executable, "-c", OWN.format(folder=folder)], capture_output=True, text=True, timeout=120
-        )
+        code = OWN.format(folder=folder)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert "the connection to Ray was ended by ray.shutdown()" in done.stdout
+    ended, of_ours, left = done.stdout.splitlines()
+    assert "the connection to Ray was ended by ray.shutdown()" in ended
+    assert left == "left []"
+    assert_gone(Path(of_ours))
 
 
 @pytest.mark.usefixtures("ray_running")

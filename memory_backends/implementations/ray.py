@@ -143,7 +143,7 @@ class Ray(MemoryBackend):
             import ray
 
             try:
-                sent = ray.put(asked)
+                sent: Any = ray.put(asked)
             except ray.exceptions.RayError as error:
                 raise as_ours(error, f"a search of {self.spec!r}") from error
         else:
