@@ -153,7 +153,7 @@ def share_found(mine: torch.Tensor, true: torch.Tensor) -> float:
 
 def measure(keys: int, arguments: argparse.Namespace, folder: Path, progress: Progress) -> dict[str, Any]:
     """All figures at one number of keys."""
-    capacity = keys + STEP * (arguments.rounds + 1)
+    capacity = keys + STEP * arguments.rounds
     compared = {
         name: one
         for name, one in ways(folder, capacity, arguments.uri).items()
@@ -173,13 +173,13 @@ def measure(keys: int, arguments: argparse.Namespace, folder: Path, progress: Pr
     queries = drawn(QUERIES, arguments.seed + 2)
     true = compared[BASELINE].memory.search(queries, K).slots
     recall = {name: share_found(one.memory.search(queries, K).slots, true) for name, one in compared.items()}
-    steps = {name: iter(range(1, 10**6)) for name in compared}
-
-    def append(name: str) -> Callable[[], None]:
-        return lambda: compared[name].add(drawn(STEP, 1000 * arguments.seed + 100 + next(steps[name])))
-
     progress.update(task, description=f"{keys} keys: appending in turns")
-    appends = interleave({name: append(name) for name in compared}, rounds=arguments.rounds)
+    steps = [drawn(STEP, 1000 * arguments.seed + 100 + step) for step in range(arguments.rounds)]
+    following = {name: iter(steps) for name in compared}  # each appends the same
+    appends = interleave(
+        {name: (lambda one=one, name=name: one.add(next(following[name]))) for name, one in compared.items()},
+        rounds=arguments.rounds,
+    )
     for one in compared.values():
         one.memory.wait()
     progress.update(task, description=f"{keys} keys: searching in turns", advance=1)

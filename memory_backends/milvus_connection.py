@@ -8,16 +8,19 @@ search. Credentials are read when the connection is made, handed to the client, 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from recollect.memory_backends.errors import InvalidInput
 from recollect.memory_backends.milvus_errors import does_not_fit, is_passing, translate, unavailable
-from recollect.memory_backends.milvus_lite_server import UPGRADE, LiteStore, _quiet, open_store
+from recollect.memory_backends.milvus_lite_server import UPGRADE, LiteStore, open_store
 
 TOKEN_VARIABLE = "MILVUS_TOKEN"
 LITE_SECONDS = 3600.0
@@ -107,7 +110,6 @@ class Connection:
         import pymilvus
 
         _check_version("pymilvus", str(pymilvus.__version__), LEAST_CLIENT, UPGRADE)
-        _quiet("pymilvus")
         self.store: LiteStore | None = None
         self._secret = ""
         if is_lite(uri):
@@ -178,9 +180,10 @@ class Connection:
         last: BaseException | None = None
         while (left := end - time.monotonic()) > 0:
             try:
-                if loaded and getattr(last, "code", None) == NOT_LOADED:
-                    self._client.load_collection(loaded, timeout=left)
-                return attempt(left)
+                with _unlogged():
+                    if loaded and getattr(last, "code", None) == NOT_LOADED:
+                        self._client.load_collection(loaded, timeout=left)
+                    return attempt(left)
             except (MilvusException, grpc.RpcError, grpc.FutureTimeoutError) as error:
                 if not is_passing(error):
                     raise translate(error, doing, self.where, self._secret) from None
@@ -199,6 +202,31 @@ class Connection:
         if self.store is None:
             with contextlib.suppress(Exception):
                 self._client.close()
+
+
+PYMILVUS_HANDLER = "no_color_console"
+"""The one that pymilvus gives its log when it is loaded; what a user adds is left alone."""
+_here = threading.local()
+
+
+def _is_to_be_shown(record: logging.LogRecord) -> bool:
+    return not getattr(_here, "unlogged", False)
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Keeps off the screen what pymilvus logs of a request here: a traceback of every attempt, by a handler of its own.
+
+    What comes of the request is raised, in the words of `milvus_errors`.
+    """
+    for handler in logging.getLogger("pymilvus").handlers:
+        if handler.name == PYMILVUS_HANDLER and _is_to_be_shown not in handler.filters:
+            handler.addFilter(_is_to_be_shown)
+    _here.unlogged = True
+    try:
+        yield
+    finally:
+        _here.unlogged = False
 
 
 def _check_version(what: str, version: str, least: tuple[int, ...], remedy: str) -> None:

@@ -5,15 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from recollect.memory_backends.errors import BackendUnavailable, DiskFull, MemoryBackendError
+from recollect.memory_backends.errors import (
+    BackendUnavailable,
+    DiskFull,
+    MemoryBackendError,
+    StoreMissing,
+    StoreUnreachable,
+)
 
 
 class MilvusError(MemoryBackendError):
     """Milvus refused a request, or what it keeps is not what was expected; the message says what would do."""
 
 
-class MilvusUnavailable(MilvusError, ConnectionError):
+class MilvusUnavailable(MilvusError, StoreUnreachable):
     """Nothing answered at the address within the deadline."""
+
+
+class MilvusMissing(MilvusError, StoreMissing):
+    """A collection was dropped while a memory had it open."""
 
 
 PASSING_GRPC = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "ABORTED")
@@ -119,7 +129,7 @@ def translate(error: BaseException, doing: str, where: str, secret: str = "") ->
     if any(saying in lower for saying in FULL_SAYINGS):
         return DiskFull(f"no room to {doing} in Milvus at {where}: free some space there ({text})")
     if is_missing(error):
-        return MilvusError(
+        return MilvusMissing(
             f"can't {doing} in Milvus at {where}: the collection is gone ({text}). Somebody has dropped it: make the "
             "memory anew, with existing=replace"
         )

@@ -102,18 +102,13 @@ def _library() -> Any:
     version = str(getattr(milvus_lite, "__version__", "older"))
     if not version.partition(".")[0].isdigit() or int(version.partition(".")[0]) < LEAST_VERSION:
         raise does_not_fit("milvus-lite", version, f"{LEAST_VERSION}.0", UPGRADE)
-    _quiet("milvus_lite")
+    logger = logging.getLogger("milvus_lite")
+    if not logger.handlers:  # a program that sets up no log is told by what is raised
+        logger.addHandler(logging.NullHandler())
     try:
         return importlib.import_module("milvus_lite.adapter.grpc.server")
     except ImportError as error:
         raise does_not_fit("milvus-lite", f"{version} without its engine ({error})", "3.0", UPGRADE) from error
-
-
-def _quiet(name: str) -> None:
-    """Keeps a library's log off the screen of a program that has set up none; what it logs is raised as well."""
-    logger = logging.getLogger(name)
-    if not logger.handlers:
-        logger.addHandler(logging.NullHandler())
 
 
 def open_store(path: str | None) -> LiteStore:

@@ -15,7 +15,13 @@ import torch
 
 from recollect.memory_backends import MemoryBackend, canonical_spec, load_backend, make_backend
 from recollect.memory_backends import milvus_connection as connecting
-from recollect.memory_backends.errors import BackendUnavailable, CorruptMemory, InvalidInput, InvalidSpec
+from recollect.memory_backends.errors import (
+    BackendUnavailable,
+    CorruptMemory,
+    InvalidInput,
+    InvalidSpec,
+    StoreMissing,
+)
 from recollect.memory_backends.implementations import milvus
 from recollect.memory_backends.milvus_errors import MilvusError
 from recollect.memory_backends.records import METRICS
@@ -198,7 +204,7 @@ def test_a_collection_that_somebody_dropped_is_told(uri: str) -> None:
     memory = make(uri)
     memory.add(vectors(M, 10, D))
     memory.connection._client.drop_collection(memory.collections.names[0])
-    with pytest.raises(MilvusError, match="collection is gone"):
+    with pytest.raises(StoreMissing, match="collection is gone"):
         memory.search(vectors(M, 1, D), 1)
     memory.close()
     with pytest.raises(CorruptMemory, match=r"memories \[0\] are missing"):

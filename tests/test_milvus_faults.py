@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import shutil
 import socket
@@ -135,6 +136,18 @@ def test_nobody_at_the_address() -> None:
             make_backend(f"milvus:uri={uri},deadline_seconds=0.5", **SIZES)
 
 
+def test_a_failure_is_raised_and_not_printed_as_well() -> None:
+    code = (
+        "from recollect.memory_backends import make_backend\n"
+        "spec = 'milvus:uri=http://127.0.0.1:1,deadline_seconds=0.3'\n"
+        "try:\n    make_backend(spec, num_memories=1, capacity=4, dim=2)\n"
+        "except ConnectionError as error:\n    print(error)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "did not answer" in ended.stdout
+    assert ended.stderr == ""
+
+
 def test_somebody_who_says_nothing() -> None:
     with socket.socket() as mute:
         mute.bind(("127.0.0.1", 0))
@@ -211,11 +224,24 @@ def told_nowhere(text: str) -> None:
         assert part not in text
 
 
+@pytest.fixture
+def everything_logged() -> Iterator[io.StringIO]:
+    """What pymilvus logs, down to the last detail."""
+    import pymilvus  # noqa: F401 (it sets up its log when it is loaded)
+
+    logger, stream = logging.getLogger("pymilvus"), io.StringIO()
+    handler, level = logging.StreamHandler(stream), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    yield stream
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
 @pytest.mark.parametrize("by", ["environment", "file"])
 def test_credentials_open_and_are_told_nowhere(
-    guarded: Server, by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    guarded: Server, by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, everything_logged: io.StringIO
 ) -> None:
-    caplog.set_level(logging.DEBUG)
     file = tmp_path / "token"
     file.write_text(TOKEN + "\n")
     if by == "environment":
@@ -236,7 +262,8 @@ def test_credentials_open_and_are_told_nowhere(
     with pytest.raises(MilvusUnavailable) as caught:
         memory.search(vectors(1, 1, 8), 1)
     told_nowhere(str(caught.value))
-    told_nowhere(caplog.text)
+    assert "RPC error" in everything_logged.getvalue()
+    told_nowhere(everything_logged.getvalue())
     memory.close()
     guarded.start()
 
