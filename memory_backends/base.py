@@ -68,6 +68,7 @@ from recollect.memory_backends.errors import (
 )
 from recollect.memory_backends.key_ring import KeyRing
 from recollect.memory_backends.locking import ReadersWriterLock
+from recollect.memory_backends.numbering import Numbered
 from recollect.memory_backends.options import KeyStorageOptions
 from recollect.memory_backends.out_of_memory import as_out_of_memory, check_fits, ran_out
 from recollect.memory_backends.pages import lazy_zeros
@@ -84,7 +85,7 @@ from recollect.memory_backends.spec import format_spec, make_options, options_gi
 from recollect.memory_backends.undo import Undo
 
 
-class MemoryBackend(Declared, ABC):
+class MemoryBackend(Declared, Numbered, ABC):
     """M independent first-in first-out memories of keys, and their search. The module's text is the contract.
 
     Args:

@@ -303,7 +303,7 @@ class SegmentedBackend(MemoryBackend):
 
     def _build_task(self, memory: int, run: Run) -> Callable[[], Any]:
         # Not Python's hash: it differs from run to run for some types, and this must not.
-        seed = (self.seed * 1_000_003 + memory * 1_009 + run.start * 31 + len(run)) % (2**31 - 1)
+        seed = (self.seed * 1_000_003 + (memory + self.first_memory) * 1_009 + run.start * 31 + len(run)) % (2**31 - 1)
         return functools.partial(self._build, memory, run, seed)
 
     def _build(self, memory: int, run: Run, seed: int) -> Any:

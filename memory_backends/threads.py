@@ -1,7 +1,8 @@
 """The one place that decides how many threads an index library may use.
 
 torch, faiss, hnswlib, ScaNN and numba each bring a thread pool of their own. Left alone they all take every core and
-get in each other's way, so here they all follow `torch.get_num_threads()`:
+get in each other's way, so here they all follow `torch.get_num_threads()` (of which each process of a job that shares
+a machine gets its part, `use_share`):
 
 * several memories or parts are worked on at once, one thread of ours for each, and the library inside uses one
   thread. That keeps builds deterministic: a graph that several threads insert into depends on which came first;
@@ -15,7 +16,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import TypeVar
@@ -68,6 +69,26 @@ def set_faiss_threads(faiss: ModuleType, threads: int | None = None) -> None:
     if getattr(_inside, "faiss", 0) != wanted:
         faiss.omp_set_num_threads(wanted)
         _inside.faiss = wanted
+
+
+def share_of_cores(mine: Iterable[int], everyone: Iterable[Collection[int]]) -> int:
+    """How many threads a process may use among the others of its job on this machine, at least 1.
+
+    Args:
+        mine: the numbers of the cores that this process may run on.
+        everyone: the same of every process of the job on this machine, this one among them.
+    """
+    masks = list(everyone)
+    return max(1, int(sum(1 / max(1, sum(core in mask for mask in masks)) for core in mine) + 1e-9))
+
+
+def use_share(share: int) -> None:
+    """Lets torch, and with it every library, use `share` threads, unless the user has said how many.
+
+    `OMP_NUM_THREADS=1` says nothing: torchrun sets it where it was not set.
+    """
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(share)
 
 
 def numba_threads(numba: ModuleType) -> int:

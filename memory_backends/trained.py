@@ -406,7 +406,7 @@ class TrainedBackend(MemoryBackend):
     def _training(self, memory: int, unstable: int) -> Callable[[], Any]:
         """What makes a new index of all keys of a memory, the oldest `unstable` of them replaced by others."""
         length, total = int(self.ring.lengths[memory]), int(self.ring.totals[memory])
-        seed = (self.seed * 1_000_003 + memory) % (2**31 - 1)
+        seed = (self.seed * 1_000_003 + memory + self.first_memory) % (2**31 - 1)
         older = self.indexes[memory] if self.learnt[memory] == length else None
         return functools.partial(self._learn, memory, length, total, unstable, seed, older)
 

@@ -56,11 +56,15 @@ def save_checkpoint(
     *,
     metadata: dict[str, Any] | None = None,
     dtype: str = "float32",
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Writes a checkpoint into `directory`, made if missing; other files in it stay.
 
     Each file replaces its predecessor in one move; `config.json` comes last and holds the digests of the others, so
     that a folder written half is recognised as such.
+
+    Args:
+        weights: by name, whole, where the model's own are spread over several processes.
 
     Raises:
         CheckpointError: `dtype` is not float32 or bfloat16, or the vocabularies of model and tokenizer do not fit.
@@ -71,7 +75,8 @@ def save_checkpoint(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
-        name: tensor.detach().to("cpu", DTYPES[dtype]).contiguous() for name, tensor in model.state_dict().items()
+        name: tensor.detach().to("cpu", DTYPES[dtype]).contiguous()
+        for name, tensor in (model.state_dict() if weights is None else weights).items()
     }
     # Not safetensors' own writer: on a full disk it raises an error of its own, not one that names disk and file.
     write_bytes(directory / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": FORMAT}))

@@ -10,6 +10,8 @@ Letters: B batch rows, H heads, T tokens of the segment, E evicted tokens, c com
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
@@ -26,7 +28,9 @@ class Compression(nn.Module):
     Attributes:
         rate: c.
         cache: tokens that the Transformer-XL cache keeps.
-        loss: of the last segment that evicted something while training; `take_compression_loss` collects it.
+        loss: of the last segment that evicted something while training, a mean over rows; `take_compression_loss`
+            collects it.
+        rows: how many rows it is the mean of.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -36,6 +40,7 @@ class Compression(nn.Module):
         self.heads = config.heads
         self.normalise = config.normalise_queries_and_keys
         self.loss: Tensor | None = None
+        self.rows = torch.zeros(())
         self.keys: nn.Parameter | None = None
         self.values: nn.Parameter | None = None
         if config.compression_function == "convolution":
@@ -83,7 +88,8 @@ class Compression(nn.Module):
             after = _content_attention(asked, new_keys, new_values, slots)
         chosen = (slots > 0).to(before.dtype)
         difference = (before - after).square().mean(dim=(1, 2, 3))
-        self.loss = (difference * chosen).sum() / chosen.sum().clamp_min(1.0)
+        self.rows = chosen.sum()
+        self.loss = (difference * chosen).sum() / self.rows.clamp_min(1.0)
         return new_keys.detach(), new_values.detach(), slots
 
 
@@ -101,14 +107,21 @@ def make_compression(config: ModelConfig) -> Compression | None:
     return Compression(config) if config.compressed_memory else None
 
 
-def take_compression_loss(model: nn.Module) -> Tensor | None:
+def take_compression_loss(model: nn.Module, weigh: Callable[[Tensor], Tensor] | None = None) -> Tensor | None:
     """The attention-reconstruction loss of the last segment, summed over layers; None where nothing was compressed.
 
     It is taken once: a second call gives None, and no graph outlives its step.
+
+    Args:
+        weigh: makes of the rows (layers,) that each layer compressed what its loss is multiplied by; None is 1.
     """
-    losses = []
+    losses, rows = [], []
     for module in model.modules():
         if isinstance(module, Compression) and module.loss is not None:
             losses.append(module.loss)
+            rows.append(module.rows)
             module.loss = None
-    return torch.stack(losses).sum() if losses else None
+    if not losses:
+        return None
+    stacked = torch.stack(losses)
+    return (stacked if weigh is None else stacked * weigh(torch.stack(rows))).sum()

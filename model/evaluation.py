@@ -83,19 +83,7 @@ def evaluate_backends(
         As `evaluate`.
     """
     options = dataclasses.replace(options or EvaluationOptions(), **changes)
-    for backend in backends:
-        if backend != NO_MEMORY:
-            canonical_spec(backend)  # a misspelt backend is told before anything is loaded
-    checkpoint = load_checkpoint(
-        reference_checkpoint() if options.checkpoint is None else options.checkpoint, device=options.device
-    )
-    model = checkpoint.model
-    for backend in backends:  # and so is a memory that this model cannot have
-        _memory_size(model.config, backend, options.memory_size, _neighbours(model.config, options.k))
-    documents = load_documents(options.corpus, options.split, checkpoint.tokenizer, options.cache_directory)
-    text = choose_text(
-        documents, rows=options.rows, segment_length=model.config.segment_length, max_tokens=options.max_tokens
-    )
+    model, text = prepare(backends, options)
     trunks = trunks or TrunkStore()
     results = []
     for backend in backends:
@@ -112,6 +100,28 @@ def evaluate_backends(
         )
         results.append(dataclasses.replace(result, seconds=time.perf_counter() - start))
     return tuple(results)
+
+
+def prepare(backends: Sequence[str], options: EvaluationOptions) -> tuple[MemorizingTransformer, EvaluationText]:
+    """The model and the text that `options` name, once it is clear that each of `backends` can be had.
+
+    Raises:
+        As `evaluate`.
+    """
+    for backend in backends:
+        if backend != NO_MEMORY:
+            canonical_spec(backend)  # a misspelt backend is told before anything is loaded
+    checkpoint = load_checkpoint(
+        reference_checkpoint() if options.checkpoint is None else options.checkpoint, device=options.device
+    )
+    model = checkpoint.model
+    for backend in backends:  # and so is a memory that this model cannot have
+        _memory_size(model.config, backend, options.memory_size, _neighbours(model.config, options.k))
+    documents = load_documents(options.corpus, options.split, checkpoint.tokenizer, options.cache_directory)
+    text = choose_text(
+        documents, rows=options.rows, segment_length=model.config.segment_length, max_tokens=options.max_tokens
+    )
+    return model, text
 
 
 def replay(

@@ -23,6 +23,11 @@ class Optimizers:
 
     parts: list[torch.optim.Optimizer]
 
+    @property
+    def replicated(self) -> bool:
+        """Whether every process of a job keeps the same state, so that one of them can write it for all."""
+        return True
+
     def set_share(self, share: float) -> None:
         """Scales every learning rate to `share` of its peak."""
         for part in self.parts:

@@ -11,7 +11,7 @@ drawn from (seed, epoch), so that the state of a stream is a few numbers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,10 @@ class Segment:
     document_index: Tensor
     position: Tensor
     lengths: Tensor
+
+    def of_rows(self, start: int, stop: int) -> Segment:
+        """The same of rows `start` to `stop` - 1 alone."""
+        return Segment(*(getattr(self, item.name)[start:stop] for item in fields(self)))
 
 
 class DocumentStreams:

@@ -9,6 +9,7 @@ from typing import Any
 
 from recollect.model.checkpoints import DTYPES
 from recollect.model.configuration import ConfigurationError, ModelConfig
+from recollect.model.distributed import DEADLINE_SECONDS, PARALLEL
 from recollect.model.optimizers import OPTIMIZERS
 
 PRECISIONS = ("float32", "bfloat16")
@@ -59,8 +60,13 @@ class TrainingOptions:
     """Registry string of the memory's backend."""
     device: str = "cpu"
     """Where model and memory live."""
+    parallel: str = "ddp"
+    """With several processes: 'ddp', the whole model in each, or 'fsdp', a share of its weights in each."""
+    deadline: float = DEADLINE_SECONDS
+    """With several processes: seconds that each waits for the others in a step before it gives them up."""
     threads: int | None = None
-    """Threads of torch; None leaves them as they are. Weights are equal between runs only with equal threads."""
+    """Threads of torch; None leaves them as they are, and gives each of several processes its share of the cores.
+    Weights are equal between runs only with equal threads."""
     validate_every: int = 250
     """Steps between validations, with and without memory; 0 is none."""
     validation_tokens: int = 40_000
@@ -108,6 +114,8 @@ class TrainingOptions:
         for name in ("matrix_learning_rate", "other_learning_rate"):
             if not getattr(self, name) > 0.0:
                 raise ConfigurationError(f"{name}={getattr(self, name)} must be above 0")
+        if not self.deadline > 0.0:
+            raise ConfigurationError(f"deadline={self.deadline} seconds must be above 0")
         for name in ("weight_decay", "gradient_clip"):
             if not getattr(self, name) >= 0.0:
                 raise ConfigurationError(f"{name}={getattr(self, name)} must not be negative")
@@ -117,6 +125,7 @@ class TrainingOptions:
             ("optimizer", OPTIMIZERS),
             ("precision", PRECISIONS),
             ("weights_dtype", tuple(DTYPES)),
+            ("parallel", PARALLEL),
         ):
             if getattr(self, name) not in known:
                 raise ConfigurationError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
@@ -129,7 +138,7 @@ class TrainingOptions:
     def to_dict(self) -> dict[str, Any]:
         """What decides the weights, as plain JSON values: paths, progress and saving are left out."""
         left_out = {"output", "model", "tokenizer", "checkpoint", "cache_directory", "progress", "resume"}
-        left_out |= {"save_every", "snapshots"}
+        left_out |= {"save_every", "snapshots", "parallel", "deadline"}
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name not in left_out}
         return {**values, "model": self.model.to_dict()}
 

@@ -18,27 +18,30 @@ from recollect.memory_backends.atomic import write_text
 
 
 class Interruption:
-    """While active, Ctrl-C sets `asked` instead of stopping the program in the middle of a step.
+    """While active, Ctrl-C and SIGTERM set `asked` instead of stopping the program in the middle of a step.
 
     A step moves streams, memory and weights one after the other; a state saved between them would belong to no step. A
-    second Ctrl-C stops at once. Outside of the main thread, where Python delivers no signals, nothing is changed.
+    second signal stops at once, unless `patient`: torchrun may repeat what a terminal sent, and ends by itself whatever
+    takes too long. Outside of the main thread, where Python delivers no signals, nothing is changed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, patient: bool = False) -> None:
         self.asked = False
-        self._before: Any = None
+        self._patient = patient
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._ask)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked and not self._patient:
             raise KeyboardInterrupt
         self.asked = True
 

@@ -153,7 +153,16 @@ def test_it_stops_at_the_end_of_the_step(stopped: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.parametrize("name", ["state.safetensors", "state.json", "memory0/memory.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "state.safetensors",
+        "state.json",
+        "optimizer0.safetensors",
+        "rows0-2/state.safetensors",
+        "rows0-2/memory0/memory.json",
+    ],
+)
 def test_a_damaged_training_state_is_refused(corpus: Path, stopped: Path, name: str) -> None:
     file = stopped / "training" / name
     file.write_bytes(file.read_bytes()[:-20])

@@ -97,7 +97,8 @@ class Degraded(MemoryBackend):
         while True:
             fetch = min(fetch, longest)
             scores, slots = search_ring(self.ring, queries, fetch, memories, lengths, self.metric)
-            gone = hidden(queries, slots, memories, rate=self.options.drop, seed=self.seed) | (slots < 0)
+            named = memories + self.first_memory
+            gone = hidden(queries, slots, named, rate=self.options.drop, seed=self.seed) | (slots < 0)
             enough = torch.minimum((~gone).sum(-1), torch.tensor(k)).eq(k) | (lengths.to(gone.device) <= fetch)[:, None]
             if not self.options.fill or bool(enough.all()):
                 break

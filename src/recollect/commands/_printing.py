@@ -57,7 +57,7 @@ def _one_line(item: Any) -> str:
 
 
 @contextlib.contextmanager
-def progress_of(what: str) -> Iterator[Callable[[int, int], None]]:
+def progress_of(what: str, *, show: bool = True) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on standard error; yields the function that takes how much is done and how much there is."""
     columns = (
         TextColumn("{task.description}"),
@@ -67,7 +67,7 @@ def progress_of(what: str) -> Iterator[Callable[[int, int], None]]:
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
         task = progress.add_task(f"{what} (loading)", total=None)
 
         def advance(done: int, total: int) -> None:

@@ -23,6 +23,7 @@ from recollect.commands._options import (
     WindowOption,
 )
 from recollect.commands._printing import flat, print_figures, print_json, progress_of
+from recollect.commands._ranks import one_voice
 from recollect.commands._values import memory_choice, one_model
 
 
@@ -54,6 +55,8 @@ def evaluate(
 
     A Hugging Face model, and any model with a store, is measured with memory and without.
 
+    Under `torchrun` the rows are dealt to its processes, and the figures are those of one process.
+
     **Examples**
 
         recollect evaluate
@@ -62,14 +65,24 @@ def evaluate(
 
         recollect evaluate --memory-size 0 --corpus my_novel.txt --json
 
+        torchrun --nproc-per-node 2 -m recollect evaluate --memory-size 8192
+
         recollect evaluate --model my-llama --store out/store --corpus my_novel.txt --split all
     """
+    from recollect.model.configuration import ConfigurationError
+    from recollect.model.distributed import joined, launched, speaks
     from recollect.model.evaluation import EvaluationOptions
     from recollect.model.evaluation import evaluate as run
+    from recollect.model.shared_evaluation import evaluate_shared
     from recollect.pretrained.loading import is_pretrained_folder
 
     folder = one_model(model, checkpoint)
     if store is not None or is_pretrained_folder(folder):
+        if launched() > 1:
+            raise ConfigurationError(
+                f"a Hugging Face model, or one with a store, is evaluated by one process, and {launched()} were "
+                "started: run it without torchrun"
+            )
         from recollect.pretrained.evaluation import evaluate_with_store
 
     options = EvaluationOptions(
@@ -83,7 +96,7 @@ def evaluate(
         seed=seed,
         device=device,
     )
-    with progress_of("evaluating") as advance:
+    with one_voice(), progress_of("evaluating", show=speaks()) as advance:
         if store is not None or is_pretrained_folder(folder):
             comparison = evaluate_with_store(
                 options,
@@ -94,8 +107,14 @@ def evaluate(
             losses, answer = comparison.result.losses, comparison.as_json()
         else:
             memory_choice(folder, layers=layers, gate=gate, window=window)
-            result = run(options, on_segment=advance)
+            if launched() > 1:
+                with joined(device) as ranks:
+                    result = evaluate_shared(options, ranks, on_segment=advance)
+            else:
+                result = run(options, on_segment=advance)
             losses, answer = result.losses, result.as_json()
+    if not speaks():
+        return
     if output is not None:
         losses.save(output)
     if as_json:

@@ -9,6 +9,7 @@ import typer
 
 from recollect.commands._options import CorpusOption, DeviceOption, JsonOption
 from recollect.commands._printing import print_figures, print_json
+from recollect.commands._ranks import one_voice
 
 
 def train(
@@ -38,12 +39,32 @@ def train(
         typer.Option("--tokenizer", help="tokenizer.json or AutoTokenizer folder. Default: trained on the corpus."),
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Decides weights, order of documents, backend.")] = None,
+    save_every: Annotated[
+        int | None,
+        typer.Option("--save-every", min=0, help="Steps between saves, from which a run that ended goes on; 0: none."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Threads of each process. Default: its share of the cores.")
+    ] = None,
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            "--parallel", help="Under torchrun: ddp (default, whole models) or fsdp (each process a share of weights)."
+        ),
+    ] = None,
+    deadline: Annotated[
+        float | None,
+        typer.Option("--deadline", help="Under torchrun: seconds until a silent process is given up. Default: 300."),
+    ] = None,
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
     """Trains a memorizing transformer and writes a checkpoint.
 
     Interrupt it at any time: the same command goes on where it stopped, and ends with the same weights.
+
+    Under `torchrun` the rows of each batch are dealt to its processes, one for each device or core: `--batch-size` is
+    that of all together, and a run may go on with another number of processes.
 
     **Examples**
 
@@ -52,8 +73,11 @@ def train(
         recollect train --preset reference --output out/reference
 
         recollect train --corpus my_texts.jsonl.xz --memory-size 8192 --steps 5000 --output out/mine
+
+        torchrun --nproc-per-node 2 --max-restarts 3 -m recollect train --preset tiny --output out/two
     """
     from recollect.model.configuration import ConfigurationError
+    from recollect.model.distributed import speaks
     from recollect.model.training import TrainingOptions
     from recollect.model.training import train as run
 
@@ -67,6 +91,10 @@ def train(
         "tokenizer": tokenizer,
         "seed": seed,
         "device": device,
+        "save_every": save_every,
+        "threads": threads,
+        "parallel": parallel,
+        "deadline": deadline,
     }
     options = TrainingOptions.preset(preset, output)
     changes = {name: value for name, value in given.items() if value is not None}
@@ -77,7 +105,10 @@ def train(
             )
         per_step = (batch_size or options.batch_size) * options.model.segment_length
         changes["steps"] = max(1, max_tokens // per_step)
-    answer = run(TrainingOptions.preset(preset, output, **changes)).as_json()
+    with one_voice():
+        answer = run(TrainingOptions.preset(preset, output, **changes)).as_json()
+    if not speaks():
+        return
     if as_json:
         print_json(answer)
     else:
