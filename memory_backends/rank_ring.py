@@ -61,7 +61,7 @@ class CountedRing(KeyRing):
         """Not here."""
         self._elsewhere()
 
-    def chunk(self, memory: int, start: int, stop: int) -> Tensor:
+    def chunk(self, memory: int, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Not here."""
         self._elsewhere()
 

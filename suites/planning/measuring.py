@@ -232,7 +232,8 @@ def _recall(memory: MemoryBackend, queries: Tensor, k: int) -> float:
 
 
 @contextlib.contextmanager
-def _threads(number: int) -> Iterator[None]:
+def threads_set(number: int) -> Iterator[None]:
+    """Lets torch, and with it every library, use so many threads within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -293,7 +294,7 @@ def measure(
         fresh.save(path)
         return f": search {point.search_ms:.3g} ms, append {point.append_us:.3g} µs a key"
 
-    with _threads(fresh.threads):
+    with threads_set(fresh.threads):
         for done, (spec, keys, dim) in enumerate(todo, start=1):
             what = f"{spec}, {keys:,} keys of dimension {dim}"
             if _expected_seconds(fresh.of(spec), keys * dim) > effort.patience:

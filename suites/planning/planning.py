@@ -18,8 +18,8 @@ from .question import Question
 from .verdicts import assumptions_of, verdicts_of
 
 
-def cost_of_memory(spec: str, calibration: Calibration, *, keys: int, dim: int, queries: int, k: int) -> MemoryCost:
-    """Times of one memory of n = `keys` keys, from measured points of the same registry string.
+def laws_of(spec: str, calibration: Calibration) -> dict[str, Law]:
+    """How each figure of a backend's points grows.
 
     Raises:
         PlanError: there are too few points; the message names the command that takes them.
@@ -29,12 +29,34 @@ def cost_of_memory(spec: str, calibration: Calibration, *, keys: int, dim: int, 
         raise PlanError(f'not measured: `recollect plan --measure --backend "{spec}"`')
     growth = growth_of(spec)
     try:
-        laws = {
+        return {
             figure: fit_law([(point.keys, point.dim, getattr(point, figure)) for point in points], terms)
             for figure, terms in growth.figures.items()
         }
     except PlanError as error:
         raise PlanError(f'too little was measured ({error}): `recollect plan --measure --backend "{spec}"`') from error
+
+
+def cost_of_memory(
+    spec: str,
+    calibration: Calibration,
+    *,
+    keys: int,
+    dim: int,
+    queries: int,
+    k: int,
+    laws: dict[str, Law] | None = None,
+) -> MemoryCost:
+    """Times of one memory of n = `keys` keys, from measured points of the same registry string.
+
+    Args:
+        laws: as `laws_of` gives them, where they are at hand.
+
+    Raises:
+        PlanError: as `laws_of`.
+    """
+    laws = laws_of(spec, calibration) if laws is None else laws
+    points = calibration.of(spec)
     at = {figure: law.at(keys, dim) for figure, law in laws.items()}
     asked = points[0].queries
     largest = max(points, key=lambda point: (point.keys, -point.dim))
@@ -88,7 +110,7 @@ def _plan_backend(spec: str, question: Question, calibration: Calibration) -> Ba
     except PlanError as error:
         cost, reason = None, str(error)
     values = _value_bytes(question)
-    standing = _standing_index(calibration.of(spec), question)
+    standing = standing_index(calibration.of(spec), question)
     fits, known_by, index = [], "formula", None
     for placement in placements_of(spec):
         planned = bytes_of(spec, placement, memories=question.memories, keys=question.keys, dim=question.dim)
@@ -107,7 +129,8 @@ def _for_all(one: MemoryCost, memories: int) -> MemoryCost:
     )
 
 
-def _standing_index(points: list[Point], question: Question) -> int | None:
+def standing_index(points: list[Point], question: Question) -> int | None:
+    """Bytes of the indexes of all memories as they stand, by what was measured; None where nothing was."""
     if points and not any(point.index_bytes for point in points):
         return 0
     try:

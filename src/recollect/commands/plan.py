@@ -11,10 +11,16 @@ from recollect.commands._options import JsonOption
 from recollect.commands._printing import print_json, progress_of
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from recollect.suites.planning.answer import Plan
+    from recollect.suites.planning.cluster import ClusterPlan
+    from recollect.suites.planning.question import Question
 
 WIDTH = 180
 """Columns of a text file."""
+
+CLUSTER = "Memories over several machines"
 
 
 def plan(
@@ -61,6 +67,55 @@ def plan(
         str, typer.Option("--clock", help="With --measure: wall, or cpu for processor time on a busy machine.")
     ] = "wall",
     device: Annotated[str, typer.Option("--device", help="Whose costs: cpu, cuda ...")] = "cpu",
+    machines: Annotated[
+        str | None,
+        typer.Option(
+            "--machines",
+            help="Plan for a cluster of so many machines, each with --machine-memory; auto: as few as will do.",
+            rich_help_panel=CLUSTER,
+        ),
+    ] = None,
+    machine_cores: Annotated[
+        str | None,
+        typer.Option("--machine-cores", help="Cores of each machine. Default: this one's.", rich_help_panel=CLUSTER),
+    ] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            "--network", help="Of each machine, such as 10Gbit (the default) or 1.25GB/s.", rich_help_panel=CLUSTER
+        ),
+    ] = None,
+    queries_per_second: Annotated[
+        str | None,
+        typer.Option(
+            "--queries-per-second",
+            help="Of all memories together, which decides how many machines and copies there must be.",
+            rich_help_panel=CLUSTER,
+        ),
+    ] = None,
+    recall: Annotated[
+        float | None,
+        typer.Option(
+            "--recall", help="Share of the true neighbours that must be found, such as 0.95.", rich_help_panel=CLUSTER
+        ),
+    ] = None,
+    measure_cluster: Annotated[
+        bool,
+        typer.Option(
+            "--measure-cluster",
+            help="Measure first what sharding costs, with Ray on this machine: a minute or two.",
+            rich_help_panel=CLUSTER,
+        ),
+    ] = False,
+    cluster_costs: Annotated[
+        Path | None,
+        typer.Option(
+            "--cluster-costs",
+            help="File of measured costs of sharding; with --measure-cluster, where to write them. Default: this "
+            "machine's own in the cache folder, else those that ship with recollect.",
+            rich_help_panel=CLUSTER,
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="Also write the plan to a file: .json, or text by any other name.")
     ] = None,
@@ -71,6 +126,10 @@ def plan(
     Bytes are exact. Times are extrapolated from costs that were measured on this machine (`--measure`), with their
     range, how far beyond the measurement they are, and everything that is assumed.
 
+    With `--machines` (or any other option of a cluster) the memories are spread over shards, as `ray` spreads them: how
+    many machines and shards it takes, their main memory, bytes and time on the network, the time of a step, and what
+    recall is known of.
+
     **Examples**
 
         recollect plan --measure
@@ -80,17 +139,40 @@ def plan(
         recollect plan --keys 10M --heads 1 --machine-memory 24GiB --values file --backend exact --backend faiss-ivfpq
 
         recollect plan --keys 64Ki --heads 8 --layers 2 --batch 4 --json
+
+        recollect plan --keys 1e9 --dim 128 --heads 1 --machines auto --machine-memory 256GiB --machine-cores 32
+
+        recollect plan --keys 1e9 --heads 1 --queries-per-second 20000 --recall 0.95 --network 25Gbit
     """
     from recollect.suites.planning.amounts import PlanError
 
-    if keys is None and not measure:
-        raise PlanError("give --keys for a plan, such as --keys 1e9, or --measure to measure this machine")
+    if keys is None and not (measure or measure_cluster):
+        raise PlanError(
+            "give --keys for a plan, such as --keys 1e9, or --measure (--measure-cluster) to measure this machine"
+        )
     if measure:
         _measure(calibration, backend, largest=largest, threads=threads, clock=clock, device=device)
+    if measure_cluster:
+        _measure_cluster(cluster_costs, threads=threads)
     if keys is None:
         return
     counts = {"keys": keys, "dim": dim, "heads": heads, "layers": layers, "batch": batch, "queries": queries, "k": k}
-    found = _make(counts, values, backend, machine_memory, calibration, device)
+    question = _question(counts, values, backend, machine_memory)
+    cluster = {
+        "machines": machines,
+        "machine_cores": machine_cores,
+        "network": network,
+        "queries_per_second": queries_per_second,
+        "recall": recall,
+    }
+    found: Plan | ClusterPlan
+    if any(value is not None for value in cluster.values()):
+        found = _plan_cluster(question, cluster, calibration, cluster_costs, device)
+    else:
+        from recollect.suites.planning.calibration import find_calibration
+        from recollect.suites.planning.planning import plan_on_one_machine
+
+        found = plan_on_one_machine(question, *find_calibration(calibration, device=device))
     if output is not None:
         _write(found, output)
     if as_json:
@@ -98,24 +180,13 @@ def plan(
         return
     from rich.console import Console
 
-    from recollect.commands._plan_tables import show_plan
-
-    show_plan(found, Console())
+    _show(found, Console())
 
 
-def _make(
-    counts: dict[str, str],
-    values: str,
-    backend: list[str] | None,
-    machine_memory: str | None,
-    calibration: Path | None,
-    device: str,
-) -> Plan:
+def _question(counts: dict[str, str], values: str, backend: list[str] | None, machine_memory: str | None) -> Question:
     import psutil
 
     from recollect.suites.planning.amounts import parse_bytes, parse_count
-    from recollect.suites.planning.calibration import find_calibration
-    from recollect.suites.planning.planning import plan_on_one_machine
     from recollect.suites.planning.question import Question
 
     sizes: dict[str, Any] = {name: parse_count(text, f"--{name}") for name, text in counts.items()}
@@ -123,8 +194,65 @@ def _make(
         machine = int(psutil.virtual_memory().total)
     else:
         machine = parse_bytes(machine_memory, "--machine-memory")
-    question = Question(**sizes, values=values, backends=tuple(backend or ()), machine_bytes=machine)  # type: ignore[arg-type]
-    return plan_on_one_machine(question, *find_calibration(calibration, device=device))
+    return Question(**sizes, values=values, backends=tuple(backend or ()), machine_bytes=machine)  # type: ignore[arg-type]
+
+
+def _plan_cluster(
+    question: Question,
+    given: dict[str, Any],
+    calibration: Path | None,
+    cluster_costs: Path | None,
+    device: str,
+) -> ClusterPlan:
+    from recollect.suites.environment import usable_cores
+    from recollect.suites.planning.amounts import parse_count, parse_per_second, parse_rate
+    from recollect.suites.planning.calibration import find_calibration
+    from recollect.suites.planning.cluster import DEFAULT_NETWORK, ClusterQuestion, plan_on_cluster
+    from recollect.suites.planning.cluster_costs import find_costs
+
+    machines, cores = given["machines"], given["machine_cores"]
+    rate, network = given["queries_per_second"], given["network"]
+    asked = ClusterQuestion(
+        question,
+        machines=None if machines in (None, "auto") else parse_count(machines, "--machines"),
+        machine_cores=usable_cores() if cores is None else parse_count(cores, "--machine-cores"),
+        network=DEFAULT_NETWORK if network is None else parse_rate(network, "--network"),
+        queries_per_second=None if rate is None else parse_per_second(rate, "--queries-per-second"),
+        recall=given["recall"],
+    )
+    costs, of_sharding = find_costs(cluster_costs)
+    measured, words = find_calibration(calibration, device=device)
+    return plan_on_cluster(asked, measured, costs, [*words, *of_sharding])
+
+
+def _measure_cluster(path: Path | None, *, threads: int | None) -> None:
+    from rich.console import Console
+
+    from recollect.suites.planning.cluster_costs import costs_path
+    from recollect.suites.planning.cluster_measuring import measure_cluster
+
+    where = path or costs_path()
+    console = Console(stderr=True, highlight=False)
+    with progress_of("measuring what sharding costs") as advance:
+
+        def tell(done: int, total: int, what: str) -> None:
+            advance(done, total)
+            if not console.is_terminal:
+                console.print(f"[{done}/{total}] {what}", markup=False, soft_wrap=True)
+
+        measure_cluster(where, threads=threads or 1, on_point=tell)
+    console.print(f"written: {where}", markup=False, soft_wrap=True)
+
+
+def _show(found: Plan | ClusterPlan, console: Console) -> None:
+    from recollect.commands._plan_cluster import show_cluster_plan
+    from recollect.commands._plan_tables import show_plan
+    from recollect.suites.planning.cluster import ClusterPlan
+
+    if isinstance(found, ClusterPlan):
+        show_cluster_plan(found, console)
+    else:
+        show_plan(found, console)
 
 
 def _measure(
@@ -156,17 +284,16 @@ def _measure(
     console.print(f"written: {where}", markup=False, soft_wrap=True)
 
 
-def _write(found: Plan, output: Path) -> None:
+def _write(found: Plan | ClusterPlan, output: Path) -> None:
     from io import StringIO
 
     from rich.console import Console
 
-    from recollect.commands._plan_tables import show_plan
     from recollect.memory_backends.atomic import write_json, write_text
 
     if output.suffix.lower() == ".json":
         write_json(output, found.as_json())
         return
     text = StringIO()
-    show_plan(found, Console(file=text, width=WIDTH, color_system=None))
+    _show(found, Console(file=text, width=WIDTH, color_system=None))
     write_text(output, text.getvalue())
