@@ -47,6 +47,13 @@ MEASURES = (
 )
 
 
+TIMED_ON = {
+    "step_ms": (("costs", "timed_on"), ("training", "machine")),
+    "evaluation_us_per_token": (("evaluation", "machine"),),
+}
+"""Where a row names the machine that a time was taken on."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One variant in one section.
@@ -150,7 +157,10 @@ class AblationAnalysis:
         )
         if not good:
             return base
-        own: dict[str, Any] = {"evaluation": good[0].evaluation}
+        machines = dict.fromkeys(str(row.training.get("machine") or "") for row in good)
+        own: dict[str, Any] = {
+            "evaluation": {**good[0].evaluation, "machine": ", ".join(filter(None, machines)) or None}
+        }
         own["perplexity"] = self._contrast(section, {variant.name: 1.0}) or over_seeds(
             [float(row.evaluation["perplexity"]) for row in good]
         )
@@ -187,14 +197,18 @@ class AblationAnalysis:
     def _figures(
         self, rows: Mapping[int, SeedRow], others: Mapping[int, SeedRow] | None = None
     ) -> dict[str, SeedInterval]:
-        """Each figure's mean over seeds, or the mean of its differences to `others` over the seeds that both have."""
+        """Each figure's mean over seeds, or the mean of its differences to `others` over the seeds that both have.
+
+        No difference is taken of times of two machines.
+        """
         found = {}
         for figure in MEASURES:
             values = []
             for seed, row in rows.items():
                 value = self._figure(row, figure)
                 if others is not None:
-                    other = self._figure(others[seed], figure) if seed in others else None
+                    comparable = seed in others and _one_machine(figure, row, others[seed])
+                    other = self._figure(others[seed], figure) if comparable else None
                     value = None if value is None or other is None else value - other
                 if value is not None:
                     values.append(value)
@@ -363,6 +377,15 @@ def _token_keys(losses: Losses, together: Sequence[Losses]) -> NDArray[np.int64]
     numbers = {name: number for number, name in enumerate(names)}
     document = np.asarray([numbers[name] for name in losses.names], dtype=np.int64)[losses.document]
     return np.asarray(document << 32 | losses.position)
+
+
+def _one_machine(figure: Measure, one: SeedRow, other: SeedRow) -> bool:
+    """Whether a figure of two rows may be set against each other: it is no time, or both come from one machine."""
+    for table, name in TIMED_ON.get(figure.name, ()):
+        mine, others = getattr(one, table).get(name), getattr(other, table).get(name)
+        if mine and others:
+            return bool(mine == others)
+    return True
 
 
 def _number(value: Any) -> float | None:

@@ -161,6 +161,12 @@ def notes(analysis: AblationAnalysis) -> list[str]:
     jobs = ablation.run.get("jobs")
     if isinstance(jobs, int) and jobs > 1 and not analysis.timed_apart and analysis.measured:
         found.append(f"Times were taken while {jobs} runs shared the machine: they are rough.")
+    machines = ablation.run.get("machines")
+    if isinstance(machines, Mapping) and len(machines) > 1:
+        found.append(
+            f"The rows were trained on {len(machines)} machines: seconds of one are not set against those of another. "
+            "Ratios of step times are: each is of two models timed in turn by one process."
+        )
     tokens, documents, block = analysis.text
     if tokens and tokens // block < 60:
         found.append(f"The text is short ({tokens:,} tokens of {documents} documents): the intervals are rough.")
@@ -212,6 +218,7 @@ def facts(analysis: AblationAnalysis) -> list[tuple[str, str]]:
     commit = text(run, "commit") + (" with changes on top" if run.get("uncommitted_changes") else "")
     return [
         ("Machine", machine),
+        *_machines(run),
         *((("GPU", text(run, "machine", "gpu")),) if text(run, "machine", "gpu") != UNKNOWN else ()),
         ("Python", text(run, "machine", "python")),
         ("recollect", f"{text(run, 'recollect_version')}, commit {commit}"),
@@ -236,3 +243,11 @@ def repeat(analysis: AblationAnalysis) -> str:
             name, corpus = section.get("name"), section.get("corpus")
             parts += ["--corpus", str(corpus) if name == corpus else f"{name}={corpus}"]
     return shlex.join([*parts, "--seeds", str(len(analysis.ablation.seeds)), "--output", "out/again"])
+
+
+def _machines(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The machines by name and how many rows were trained on each, where there were several."""
+    found = run.get("machines")
+    if not isinstance(found, Mapping) or len(found) < 2:
+        return []
+    return [("Machines", ", ".join(f"{name} ({count} rows)" for name, count in found.items()))]

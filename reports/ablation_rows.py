@@ -18,7 +18,7 @@ _FRONT = (
     *("difference_percent", "percent_low", "percent_high"),
     *("accuracy", "accuracy_difference", "accuracy_low", "accuracy_high"),
 )
-_BACK = ("step_ms_ratio", "evaluation_tokens", "backend", "memory_size", "k")
+_BACK = ("step_ms_ratio", "evaluation_tokens", "backend", "memory_size", "k", "machine")
 
 
 def columns(analysis: AblationAnalysis) -> list[str]:
@@ -60,7 +60,7 @@ def values(row: Row) -> dict[str, Value]:
     elif own is not None and gap is not None and own.estimate > gap.estimate:
         found["step_ms_ratio"] = own.estimate / (own.estimate - gap.estimate)
     found["evaluation_tokens"] = row.evaluation.get("tokens")
-    found |= {name: row.evaluation.get(name) for name in ("backend", "memory_size", "k")}
+    found |= {name: row.evaluation.get(name) for name in ("backend", "memory_size", "k", "machine")}
     found |= {name: value.estimate for name, value in row.probes.items()}
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,11 @@ def yes_or_no(value: bool | None) -> str | None:
     return None if value is None else "yes" if value else "no"
 
 
-def read_curves(folder: Path, run: Mapping[str, Any]) -> tuple[CurvePoint, ...]:
-    """The points of curves.json by size, backend, build and time; empty where there is no such file."""
+def read_curves(folder: Path, run: Mapping[str, Any], apart: Collection[str] = ()) -> tuple[CurvePoint, ...]:
+    """The points of curves.json by size, backend, build and time; empty where there is no such file.
+
+    apart: machines whose times stand beside no others: curves measured there are left out.
+    """
     path = folder / CURVES
     if not path.is_file():
         return ()
@@ -116,6 +119,8 @@ def read_curves(folder: Path, run: Mapping[str, Any]) -> tuple[CurvePoint, ...]:
     points = []
     try:
         for curve in content["curves"]:
+            if curve.get("machine") in apart:
+                continue
             build = str(curve["build"])
             for point in curve["points"]:
                 points.append(_point(build, point))
@@ -152,8 +157,11 @@ def _point(build: str, point: Mapping[str, Any]) -> CurvePoint:
     )
 
 
-def read_crossover(folder: Path, run: Mapping[str, Any]) -> tuple[CrossoverRow, ...]:
-    """The rows of crossover.json that have a time; empty where there is no such file."""
+def read_crossover(folder: Path, run: Mapping[str, Any], apart: Collection[str] = ()) -> tuple[CrossoverRow, ...]:
+    """The rows of crossover.json that have a time; empty where there is no such file.
+
+    apart: as of `read_curves`.
+    """
     path = folder / CROSSOVER
     if not path.is_file():
         return ()
@@ -162,7 +170,7 @@ def read_crossover(folder: Path, run: Mapping[str, Any]) -> tuple[CrossoverRow, 
     rows = []
     try:
         for row in content["rows"]:
-            if row.get("search_ms") is None:
+            if row.get("search_ms") is None or row.get("machine") in apart:
                 continue  # skipped or failed there; the cells carry the reason
             rows.append(
                 CrossoverRow(

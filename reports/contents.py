@@ -11,6 +11,7 @@ from recollect.reports.analysis import Analysis
 from recollect.reports.crossover import RECALL_FLOOR, Crossover, find_crossovers
 from recollect.reports.findings import describe, outcome
 from recollect.reports.latency_tables import latency, noise_note, reaching
+from recollect.reports.machines import machine_notes
 from recollect.reports.rows import Row, shown
 from recollect.reports.statistics import RESAMPLES
 from recollect.reports.tables import Heading, Table
@@ -239,6 +240,7 @@ def notes(analysis: Analysis) -> list[str]:
     found += _part_full(analysis)
     found += _unsteady(analysis)
     found += [note] if (note := noise_note(analysis)) else []
+    found += machine_notes(analysis.results.machines)
     found += [str(note) for note in analysis.results.run.get("notes") or []]
     if analysis.results.absent:
         found.append(f"The run is not finished: {len(analysis.results.absent)} combinations have no result yet.")
@@ -326,6 +328,7 @@ def facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     machine += f"{text(run, 'machine', 'ram_gib')} GiB memory, {text(run, 'machine', 'os')}"
     return [
         ("Machine", machine),
+        *_machines(run),
         ("Threads and device", f"{text(run, 'threads')} threads, {text(run, 'device')}"),
         ("Python", text(run, "machine", "python")),
         (
@@ -355,6 +358,15 @@ def facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
             + (", ".join(f"{n:,}" for n in sizes) if isinstance(sizes, list) else UNKNOWN),
         ),
     ]
+
+
+def _machines(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The machines by name and how many cells each measured, where there were several."""
+    found = run.get("machines")
+    if not isinstance(found, Mapping) or len(found) < 2:
+        return []
+    listed = ", ".join(f"{name} ({count} cells)" for name, count in found.items())
+    return [("Machines", f"{listed}, all of this kind")]
 
 
 def repeat(run: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from recollect.reports.beside import CrossoverRow, CurvePoint, read_crossover, read_curves
 from recollect.reports.errors import ReportError
+from recollect.reports.machines import NO_MACHINES, Machines, judge_machines, machine_of, without_times
 from recollect.reports.reading import check_schema, read_json, refuse_mixing, rerun
 
 STATUSES = ("ok", "skipped", "failed")
@@ -84,6 +85,7 @@ class Cell:
     seed: int | None = None
     losses: NDArray[np.float32] | None = None  # (N,) in the order of Tokens
     streaming: Streaming | None = None
+    machine: str | None = None  # that measured it
 
     @property
     def ok(self) -> bool:
@@ -116,6 +118,7 @@ class Results:
     tokens: Tokens | None
     crossover: tuple[CrossoverRow, ...]
     curves: tuple[CurvePoint, ...] = ()
+    machines: Machines = NO_MACHINES
 
     @property
     def memory_sizes(self) -> tuple[int, ...]:
@@ -204,7 +207,16 @@ def load_results(folder: Path | str) -> Results:
     reader = _Reader(folder, run)
     cells = [reader.cell(path) for path in paths]
     cells.sort(key=lambda c: (c.memory_size, c.backend != "exact", c.backend, c.spec))
-    return Results(folder, run, tuple(cells), reader.tokens, read_crossover(folder, run), read_curves(folder, run))
+    machines = judge_machines(cells)
+    return Results(
+        folder,
+        run,
+        tuple(without_times(cell, machines) for cell in cells),
+        reader.tokens,
+        read_crossover(folder, run, machines.apart),
+        read_curves(folder, run, machines.apart),
+        machines,
+    )
 
 
 class _Reader:
@@ -255,6 +267,7 @@ class _Reader:
             status=status,
             reason=str(content.get("reason") or ""),
             seed=fields.integer("seed"),
+            machine=machine_of(content),
             **figures,
         )
 

@@ -57,6 +57,7 @@ COLUMNS = [
     "reference_ms",
     "noisy",
     "stalled_seconds",
+    "machine",
 ]
 _WHOLE = ("memory_size", "k", "tokens", "seed", "searches", "index_bytes", "key_bytes")
 
@@ -126,7 +127,7 @@ def write_parquet(path: Path, rows: Sequence[Row]) -> Path | None:
     whole, text = pyarrow.int64(), pyarrow.string()
     kinds = {name: pyarrow.float64() for name in COLUMNS}
     kinds |= dict.fromkeys(("memory_size", "k", "tokens", "seed", "searches"), whole)
-    kinds |= dict.fromkeys(("spec", "backend", "status", "reason", "noisy"), text)
+    kinds |= dict.fromkeys(("spec", "backend", "status", "reason", "noisy", "machine"), text)
     schema = pyarrow.schema(list(kinds.items()))
     table = pyarrow.Table.from_pylist([_floats(row.values(), kinds, pyarrow) for row in rows], schema=schema)
     sink = pyarrow.BufferOutputStream()

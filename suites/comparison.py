@@ -12,8 +12,10 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
+import platform
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,13 +29,15 @@ from recollect.model.twin import TwinLosses
 
 from .cells import SCHEMA, Cell, fingerprint, save_cell
 from .curve_stage import CURVES, EXPECTED_SECONDS, measure_curves, plan_curves
-from .environment import commit_of, core_digest, usable_cores
+from .engines import Bench, Losses, make_engine
+from .environment import commit_of, core_digest
 from .larger import CROSSOVER, measure_larger
 from .one_writer import writing_alone
 from .options import CompareError, CompareOptions, CompareResult
 from .plan import (
     EARLIER,
     PlannedCell,
+    cell_machine,
     checked_options,
     find_measured,
     make_plan,
@@ -78,7 +82,7 @@ class _Comparison:
     def __init__(self, options: CompareOptions) -> None:
         self.options = checked_options(options)
         self.folder = Path(options.output)
-        self.threads = options.threads or usable_cores()
+        self.losses = Losses()
         self.started = time.perf_counter()
         self.notes: list[str] = []
         self.cells: dict[str, Cell] = {}
@@ -90,7 +94,19 @@ class _Comparison:
         if self.folder.exists() and not self.folder.is_dir():
             raise CompareError(f"output {self.folder} is a file: give a folder")
         self.folder.mkdir(parents=True, exist_ok=True)
-        with writing_alone(self.folder, "comparison", CompareError), Reporter(self.options.progress) as self.reporter:
+        with (
+            writing_alone(self.folder, "comparison", CompareError),
+            Reporter(self.options.progress) as self.reporter,
+            make_engine(
+                self.options.engine,
+                output=self.folder,
+                threads=self.options.threads,
+                note=self.reporter.note,
+                address=self.options.address,
+                device=self.options.device,
+            ) as self.engine,
+        ):
+            self._choose_machine()
             self._load()
             plan = make_plan(self.options, self.shared)
             if self.options.fresh:
@@ -152,6 +168,16 @@ class _Comparison:
 
     # Preparation
 
+    def _choose_machine(self) -> None:
+        """Settles on the machine, or the machines that are alike, whose figures stand in this comparison."""
+        self.former = read_json(self.folder / "run.json")
+        former = self.former.get("machine") if isinstance(self.former, dict) else None
+        self.machine = self.engine.settle(former)
+        self.threads = self.options.threads or int(self.machine["cores"])
+        self.bench = Bench(
+            self.engine, self.folder.resolve(), self.threads, self.options.cell_timeout, self.options.device
+        )
+
     def _load(self) -> None:
         """Loads model and text, and works out what all cells have in common."""
         options = self.options
@@ -172,7 +198,8 @@ class _Comparison:
         )
         self._look_at_text()
         described = describe(threads=self.threads, device=options.device, seed=options.seed)
-        machine, libraries = described["machine"], described["libraries"]
+        machine, libraries = {**described["machine"], **self.machine}, described["libraries"]
+        described["machine"] = machine
         self.shared: dict[str, Any] = {
             "checkpoint": self.checkpoint.digest,
             "text": self.text.digest,
@@ -191,7 +218,6 @@ class _Comparison:
             "checkpoint": {"digest": self.checkpoint.digest},
             "text": self.text.digest,
         }
-        self.former = read_json(self.folder / "run.json")
 
     def _look_at_text(self) -> None:
         longest = int(self.text.lengths.sum(0).max())
@@ -237,7 +263,7 @@ class _Comparison:
     # Measurement
 
     def _measure(self, plan: Sequence[PlannedCell]) -> None:
-        """Measures what is not measured yet, one process for each backend."""
+        """Measures what is not there yet: a process for each backend, and for each size where machines share them."""
         for cell in plan:
             if cell.skip:
                 self._take(plan, cell, self._unmeasured(cell, "skipped", cell.skip), save=True)
@@ -246,12 +272,18 @@ class _Comparison:
             return
         self._expect(plan)
         workload = self._prepare()
-        for backend in dict.fromkeys(cell.backend for cell in missing):
-            todo = [cell for cell in missing if cell.backend == backend]
+        apart = self.engine.places(alone=True, threads=self.threads) > 1
+        units: dict[tuple[str, int], list[PlannedCell]] = {}
+        for cell in missing:
+            units.setdefault((cell.backend, cell.memory_size if apart else 0), []).append(cell)
+
+        def measure(todo: list[PlannedCell]) -> None:
             # Neighbours that differ in search options alone are measured over one index.
             todo.sort(key=lambda cell: (cell.memory_size, build_key(cell.spec) if cell.memory_size else ""))
             while todo:
                 todo = self._run_process(plan, workload, todo)
+
+        self.engine.each(units.values(), measure)
 
     def _run_process(self, plan: Sequence[PlannedCell], workload: Path, todo: list[PlannedCell]) -> list[PlannedCell]:
         """Runs one process over `todo`; returns what is left after a crash."""
@@ -260,7 +292,7 @@ class _Comparison:
             "workload": str(workload),
             "output": str(self.folder.resolve()),
             "settings": fingerprint(self.shared),
-            "provenance": self.provenance,
+            "provenance": {**self.provenance, "host": platform.node()},
             "cells": [
                 {"spec": cell.spec, "memory_size": cell.memory_size, "fingerprint": cell.fingerprint} for cell in todo
             ],
@@ -271,7 +303,9 @@ class _Comparison:
             nonlocal finished
             planned = todo[int(event["index"])]
             if event["event"] in ("start", "progress"):
-                self.reporter.step(label(planned.spec, planned.memory_size), event.get("done", 0) / event.get("of", 1))
+                self.reporter.running(
+                    label(planned.spec, planned.memory_size), event.get("done", 0) / event.get("of", 1)
+                )
             elif event["event"] == "done":
                 cell = Cell.from_json(event["cell"])
                 if cell.seconds is not None:
@@ -280,13 +314,28 @@ class _Comparison:
                 self._take(plan, planned, cell)
                 finished += 1
 
-        log = workload / "logs" / f"{todo[0].backend}.log"
+        alone = bool(todo[0].memory_size)
+        size = f"-{todo[0].memory_size}" if alone and self.engine.places(alone=True, threads=self.threads) > 1 else ""
+        log = workload / "logs" / f"{todo[0].backend}{size}.log"
         log.unlink(missing_ok=True)
-        last = run_task(task, threads=self.threads, log=log, timeout=self.options.cell_timeout, on_event=hear)
-        if last["event"] != "end":
-            guilty = todo[finished]
-            self._take(plan, guilty, self._unmeasured(guilty, "failed", last["reason"]), save=True)
-            finished += 1
+        last = self.bench.run(
+            task,
+            hear,
+            log=log,
+            alone=alone,
+            needs=(workload, self.checkpoint_path),
+            rewritten=("workload.json",),
+            label=label(todo[0].spec, todo[0].memory_size),
+        )
+        with self.engine.turn:
+            if last["event"] != "end" and finished < len(todo):
+                guilty = todo[finished]
+                if last["event"] == "lost" and self.losses.again(guilty.identity):
+                    self._note(f"{label(guilty.spec, guilty.memory_size)}: {last['reason']}: it was measured again")
+                else:
+                    reason = self.losses.told(guilty.identity, last["reason"])
+                    self._take(plan, guilty, self._unmeasured(guilty, "failed", reason), save=True)
+                    finished += 1
         return todo[finished:]
 
     def _unmeasured(self, planned: PlannedCell, status: str, reason: str) -> Cell:
@@ -296,6 +345,7 @@ class _Comparison:
         """Notes a finished cell."""
         if save:
             save_cell(self.folder, cell)
+        self.reporter.ended(label(planned.spec, planned.memory_size))
         self.cells[planned.identity] = cell
         left = self._expect(plan)
         self.reporter.cell(len(self.cells), len(plan), cell, left)
@@ -321,10 +371,10 @@ class _Comparison:
             planned,
             self._prepare,
             seconds=seconds,
-            threads=self.threads,
-            timeout=self.options.cell_timeout,
             provenance=self.provenance,
             reporter=self.reporter,
+            bench=self.bench,
+            checkpoint=self.checkpoint_path,
             expect=lambda left: self.reporter.expect(left * (seconds + EXPECTED_SECONDS) + self._after_curves()),
         )
         if note:
@@ -351,8 +401,7 @@ class _Comparison:
             sizes=tuple(sorted({*self.options.memory_sizes, *self.options.crossover_sizes})),
             k=self.k,
             segment_length=self.checkpoint.config.segment_length,
-            threads=self.threads,
-            timeout=self.options.cell_timeout,
+            bench=self.bench,
             settings={**self.shared, "core": core_digest(), "documents": self.documents.digest},
             provenance=self.provenance,
             reporter=self.reporter,
@@ -394,6 +443,8 @@ class _Comparison:
                 "memory_sizes": list(self.options.memory_sizes),
                 "specs": list(dict.fromkeys(cell.spec for cell in plan)),
                 "twin": self._twin(),
+                "engine": self.engine.name,
+                "machines": dict(Counter(filter(None, map(cell_machine, self.cells.values())))),
                 "notes": self.notes,
             },
         )

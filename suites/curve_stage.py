@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from recollect.memory_backends.atomic import write_json
 
 from .cells import SCHEMA, Cell, fingerprint
+from .engines import Bench, Engine, Losses
 from .environment import backend_digest
 from .plan import read_json
-from .processes import Event, run_task
+from .processes import Event
 from .progress import Reporter, label
 from .provenance import differences, in_words
 from .workload_curves import INSTRUMENTS, curve_build
@@ -61,11 +62,11 @@ def measure_curves(
     prepare: Callable[[], Path],
     *,
     seconds: float,
-    threads: int,
-    timeout: float,
     provenance: Mapping[str, Any],
     reporter: Reporter,
     expect: Callable[[int], object],
+    bench: Bench,
+    checkpoint: Path,
 ) -> str:
     """Fills curves.json, keeping curves that were measured with the same settings.
 
@@ -74,9 +75,10 @@ def measure_curves(
         planned: every curve that belongs to it.
         prepare: gives the prepared workload; called only where something is missing.
         seconds: of searching for each curve.
-        timeout: seconds after which one curve is given up.
         provenance: of this run.
         expect: is told how many curves are left.
+        bench: runs the processes.
+        checkpoint: folder of the model, which they read.
 
     Returns:
         A note, or ''.
@@ -112,56 +114,92 @@ def measure_curves(
             take(planned[0], curves[planned[0].key])  # what was not asked for is left out
         return note
     workload = prepare()
-    for backend in dict.fromkeys(curve.backend for curve in missing):
-        todo = [curve for curve in missing if curve.backend == backend]
-        while todo:
-            todo = _run_process(workload, todo, take, seconds, threads, timeout, reporter, len(planned), len(curves))
+    stage = _Stage(workload, checkpoint, bench, reporter, take, seconds, len(planned), done=len(curves))
+    bench.engine.each(units_of(missing, bench.engine), stage.measure)
     return note
 
 
-def _run_process(
-    workload: Path,
-    todo: Sequence[PlannedCurve],
-    take: Callable[[PlannedCurve, Mapping[str, Any]], None],
-    seconds: float,
-    threads: int,
-    timeout: float,
-    reporter: Reporter,
-    total: int,
-    done_before: int,
-) -> list[PlannedCurve]:
-    """Measures curves of one backend in a process; returns what is left after a crash."""
-    task = {
-        "kind": "curves",
-        "workload": str(workload),
-        "seconds": seconds,
-        "curves": [{"specs": list(curve.specs), "memory_size": curve.memory_size} for curve in todo],
-    }
-    finished = 0
+def units_of(missing: Sequence[PlannedCurve], engine: Engine) -> list[list[PlannedCurve]]:
+    """What a process measures together: a backend's curves, of one size each where several machines share them."""
+    apart = engine.places(alone=True, threads=1) > 1
+    units: dict[tuple[str, int], list[PlannedCurve]] = {}
+    for curve in missing:
+        units.setdefault((curve.backend, curve.memory_size if apart else 0), []).append(curve)
+    return list(units.values())
 
-    def hear(event: Event) -> None:
-        nonlocal finished
-        curve = todo[int(event["index"])]
-        if event["event"] in ("start", "progress"):
-            inner = event.get("done", 0) / event.get("of", 1)
-            reporter.step(f"curve: {label(curve.build, curve.memory_size)}", inner)
-            return
-        finished += 1
+
+@dataclass
+class _Stage:
+    """What the processes of all units share; `done` counts the curves that are finished."""
+
+    workload: Path
+    checkpoint: Path
+    bench: Bench
+    reporter: Reporter
+    take: Callable[[PlannedCurve, Mapping[str, Any]], None]
+    seconds: float
+    total: int
+    done: int = 0
+    losses: Losses = field(default_factory=Losses)
+
+    def measure(self, todo: list[PlannedCurve]) -> None:
+        """Measures curves of one backend, a crash at one of them notwithstanding."""
+        while todo:
+            todo = self._run_process(todo)
+
+    def _run_process(self, todo: list[PlannedCurve]) -> list[PlannedCurve]:
+        """Measures curves in a process; returns what is left after a crash."""
+        log = self.workload / "logs" / f"curves-{todo[0].backend}-{todo[0].memory_size}.log"
+        log.unlink(missing_ok=True)
+        task = {
+            "kind": "curves",
+            "workload": str(self.workload),
+            "seconds": self.seconds,
+            "curves": [{"specs": list(curve.specs), "memory_size": curve.memory_size} for curve in todo],
+        }
+        finished = 0
+
+        def hear(event: Event) -> None:
+            nonlocal finished
+            curve = todo[int(event["index"])]
+            if event["event"] in ("start", "progress"):
+                inner = event.get("done", 0) / event.get("of", 1)
+                self.reporter.running(f"curve: {label(curve.build, curve.memory_size)}", inner)
+                return
+            finished += 1
+            self._finish(curve, event)
+
+        last = self.bench.run(
+            task,
+            hear,
+            log=log,
+            alone=True,
+            needs=(self.workload, self.checkpoint),
+            rewritten=("workload.json",),
+            label=f"curves of {todo[0].backend}",
+        )
+        with self.bench.engine.turn:
+            if last["event"] != "end" and finished < len(todo):
+                curve = todo[finished]
+                if last["event"] == "lost" and self.losses.again(curve.key):
+                    self.reporter.note(f"curve: {label(*curve.key)}: {last['reason']}: it is measured again")
+                else:
+                    hear({"event": "failed", "index": finished, "reason": self.losses.told(curve.key, last["reason"])})
+        return list(todo[finished:])
+
+    def _finish(self, curve: PlannedCurve, event: Event) -> None:
+        """Takes a curve that is measured or failed."""
+        self.done += 1
+        name = label(curve.build, curve.memory_size)
+        self.reporter.ended(f"curve: {name}")
         if event["event"] == "done":
-            take(curve, event["curve"])
+            self.take(curve, {**event["curve"], "machine": event["machine"]})
             points = len(event["curve"]["points"])
             told = f"{points} point{'s' if points != 1 else ''}"
         else:
-            take(curve, _without_points(curve, event["reason"]))
+            self.take(curve, _without_points(curve, event["reason"]))
             told = f"failed: {event['reason']}"
-        reporter.note(f"[curve {done_before + finished}/{total}] {label(curve.build, curve.memory_size)}: {told}")
-
-    log = workload / "logs" / f"curves-{todo[0].backend}.log"
-    log.unlink(missing_ok=True)
-    last = run_task(task, threads=threads, log=log, timeout=timeout, on_event=hear)
-    if last["event"] != "end":
-        hear({"event": "failed", "index": finished, "reason": last["reason"]})
-    return list(todo[finished:])
+        self.reporter.note(f"[curve {self.done}/{self.total}] {name}: {told}")
 
 
 def _without_points(curve: PlannedCurve, reason: str) -> dict[str, Any]:

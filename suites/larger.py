@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from recollect.model.token_cache import TokenizedDocuments
 
 from .cells import SCHEMA, Cell, fingerprint
 from .crossover import choose_stream_text, keys_in
+from .engines import Bench, Losses
 from .environment import backend_digest
 from .options import CompareError
 from .plan import read_json
@@ -59,8 +61,7 @@ def measure_larger(
     sizes: Sequence[int],
     k: int,
     segment_length: int,
-    threads: int,
-    timeout: float,
+    bench: Bench,
     settings: Mapping[str, Any],
     provenance: Mapping[str, Any],
     reporter: Reporter,
@@ -89,43 +90,85 @@ def measure_larger(
         _write(path, rows, provenance)
         return " ".join(notes)
     reporter.step("keys for larger memories", 0.0)
-    held = _record(work, checkpoint, documents, max(sizes), segment_length, threads, timeout, str(settings["device"]))
+    held = _record(work, checkpoint, documents, max(sizes), segment_length, bench)
     too_large = [size for size in sizes if size > held]
-    for spec in specs:
-        todo = [size for size in missing[spec] if size <= held]
-        if todo:
-            task = {
-                "kind": "larger",
-                "stream": str(work / STREAM),
-                "k": k,
-                "seed": settings["seed"],
-                "device": str(settings["device"]),
-                "patience": PATIENCE_SECONDS,
-                "rows": [{"spec": spec, "memory_size": size} for size in todo],
-            }
-            row = {"spec": spec, "backend": backends[spec], "fingerprint": marks[spec]}
-            current = todo[0]
-
-            def hear(event: Event, spec: str = spec, todo: list[int] = todo, row: dict[str, Any] = row) -> None:
-                nonlocal current
-                current = todo[int(event["index"])]
-                if event["event"] == "start":
-                    reporter.step(f"larger memories: {label(spec, current)}", specs.index(spec) / len(specs))
-                elif event["event"] == "done":
-                    rows.append({**event["row"], **row})
-                else:
-                    rows.append({**row, "memory_size": current, "search_ms": None, "reason": event["reason"]})
-
-            log = work / "logs" / f"larger-{backends[spec]}.log"
-            last = run_task(task, threads=threads, log=log, timeout=timeout, on_event=hear)
-            if last["event"] != "end":
-                rows.append({**row, "memory_size": current, "search_ms": None, "reason": last["reason"]})
-            _write(path, rows, provenance)
+    todo = [(spec, fitting) for spec in specs if (fitting := [size for size in missing[spec] if size <= held])]
+    climb = _Climb(path, work, bench, reporter, rows, specs, k, settings, provenance)
+    climb.heads = {spec: {"spec": spec, "backend": backends[spec], "fingerprint": marks[spec]} for spec in specs}
+    bench.engine.each(todo, climb.measure)
     if too_large:
         notes.append(
             f"The corpus has {held} tokens for larger memories, so sizes {', '.join(map(str, too_large))} are left out."
         )
     return " ".join(notes)
+
+
+@dataclass
+class _Climb:
+    """What the processes of all specs share. heads: what all rows of a spec have."""
+
+    path: Path
+    work: Path
+    bench: Bench
+    reporter: Reporter
+    rows: list[dict[str, Any]]
+    specs: Sequence[str]
+    k: int
+    settings: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    heads: dict[str, dict[str, Any]] = field(default_factory=dict)
+    losses: Losses = field(default_factory=Losses)
+
+    def measure(self, wanted: tuple[str, list[int]]) -> None:
+        """Measures a spec at rising sizes in one process; where that is lost, what is left in another."""
+        spec, todo = wanted
+        while todo:
+            todo = self._run_process(spec, todo)
+
+    def _run_process(self, spec: str, todo: list[int]) -> list[int]:
+        task = {
+            "kind": "larger",
+            "stream": str(self.work / STREAM),
+            "k": self.k,
+            "seed": self.settings["seed"],
+            "device": str(self.settings["device"]),
+            "patience": PATIENCE_SECONDS,
+            "rows": [{"spec": spec, "memory_size": size} for size in todo],
+        }
+        head = self.heads[spec]
+        finished = 0
+
+        def hear(event: Event) -> None:
+            nonlocal finished
+            size = todo[int(event["index"])]
+            if event["event"] == "start":
+                share = self.specs.index(spec) / len(self.specs)
+                self.reporter.running(f"larger memories: {label(spec, size)}", share)
+                return
+            finished += 1
+            self.reporter.ended(f"larger memories: {label(spec, size)}")
+            if event["event"] == "done":
+                self.rows.append({**event["row"], **head, "machine": event["machine"]})
+            else:
+                self.rows.append({**head, "memory_size": size, "search_ms": None, "reason": event["reason"]})
+
+        log = self.work / "logs" / f"larger-{head['backend']}.log"
+        last = self.bench.run(
+            task, hear, log=log, alone=True, needs=(self.work / STREAM,), label=f"larger memories of {spec}"
+        )
+        with self.bench.engine.turn:
+            again = False
+            if last["event"] != "end" and finished < len(todo):
+                size = todo[finished]
+                self.reporter.ended(f"larger memories: {label(spec, size)}")
+                again = last["event"] == "lost" and self.losses.again((spec, size))
+                if again:
+                    self.reporter.note(f"larger memories: {label(spec, size)}: {last['reason']}: it is measured again")
+                else:
+                    reason = self.losses.told((spec, size), last["reason"])
+                    self.rows.append({**head, "memory_size": size, "search_ms": None, "reason": reason})
+            _write(self.path, self.rows, self.provenance)
+        return todo[finished:] if again else []
 
 
 def _record(
@@ -134,9 +177,7 @@ def _record(
     documents: TokenizedDocuments,
     keys: int,
     segment_length: int,
-    threads: int,
-    timeout: float,
-    device: str,
+    bench: Bench,
 ) -> int:
     """Records the stream of keys into the work folder, in a process; returns how many keys it holds."""
     text = choose_stream_text(documents, segment_length=segment_length, keys=keys)
@@ -144,12 +185,12 @@ def _record(
     task = {
         "kind": "record",
         "checkpoint": str(checkpoint),
-        "device": device,
+        "device": bench.device,
         "stream": str(work / STREAM),
         "text": str(work / TEXT),
     }
     log = work / "logs" / "stream.log"
-    last = run_task(task, threads=threads, log=log, timeout=timeout, on_event=lambda event: None)
+    last = run_task(task, threads=bench.threads, log=log, timeout=bench.timeout, on_event=lambda event: None)
     if last["event"] != "end":
         raise CompareError(f"the keys for larger memories could not be recorded: {last['reason']}")
     return keys_in(text)

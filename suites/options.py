@@ -37,6 +37,9 @@ class CompareOptions:
         seed: for backends that draw random numbers.
         device: where model and memory live, such as 'cpu' or 'cuda'.
         threads: threads of torch and of every library; None is the number of cores this process may use.
+        engine: where measurements run: "local", processes of this machine one after another, or "ray", tasks on the
+            machines of a Ray cluster, each with a machine to itself.
+        address: of the Ray cluster to join, host:port; None starts Ray on this machine.
         cell_timeout: seconds after which one measurement is given up and recorded as failed.
         report: write the report when the measurements are done.
         progress: show progress bars on the terminal.
@@ -58,6 +61,8 @@ class CompareOptions:
     seed: int = 0
     device: str = "cpu"
     threads: int | None = None
+    engine: str = "local"
+    address: str | None = None
     cell_timeout: float = 300.0
     report: bool = True
     progress: bool = True

@@ -115,6 +115,11 @@ def unmeasured_cell(planned: PlannedCell, k: int, status: str, reason: str, prov
     )
 
 
+def cell_machine(cell: Cell) -> str:
+    """The name of the machine that measured a cell; "" where it was not measured, or does not say."""
+    return str((cell.provenance or {}).get("host", "")) if cell.status == "ok" else ""
+
+
 def start_afresh(folder: Path, planned: Iterable[PlannedCell]) -> None:
     """Removes what was measured for this very plan, so that all of it is measured anew."""
     for cell in planned:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from .environment import THREAD_VARIABLES
 Event = dict[str, Any]
 
 POLL_SECONDS = 0.2
-LAST = ("end", "died", "timeout")
+LAST = ("end", "died", "timeout", "lost")
 LOG_LINES = 6
 """Lines of a dead process's log that its reason quotes."""
 
@@ -31,22 +31,26 @@ class WorkerProcess:
         task: what it is to do, as JSON.
         threads: for torch and every library.
         log: file that gets what it prints.
+        environment: variables of the process; None is those of this one.
     """
 
-    def __init__(self, task: dict[str, Any], *, threads: int, log: Path) -> None:
+    def __init__(
+        self, task: dict[str, Any], *, threads: int, log: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
-        environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads)), "PYTHONUNBUFFERED": "1"}
+        inherited = os.environ if environment is None else environment
+        variables = {**inherited, **dict.fromkeys(THREAD_VARIABLES, str(threads)), "PYTHONUNBUFFERED": "1"}
         # Threads that wait by spinning take the cores from each other as soon as anything else runs on the machine:
         # beside one busy process on two cores, a pass of 18 s took 370 s, and 22 s with threads that sleep.
-        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        variables.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         with log.open("ab") as stream:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "recollect.suites.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stream,
-                env=environment,
+                env=variables,
                 start_new_session=True,  # so that Ctrl-C reaches this process alone, which then ends its workers
             )
         assert self.process.stdin is not None
@@ -139,18 +143,28 @@ def run_task(
         OSError: the process could not write; nothing is written half.
     """
     worker = WorkerProcess(task, threads=threads, log=log)
-    last: Event = {"event": "end"}
     try:
-        for event in worker.events(timeout=timeout):
-            if event["event"] == "cannot-write":
-                raise OSError(
-                    f"cannot write {event['path']}: {event['reason']}; make room or give another output folder. "
-                    "What was measured before is kept"
-                )
-            if event["event"] in LAST:
-                last = event
-            else:
-                on_event(event)
+        return follow(worker, timeout=timeout, on_event=on_event)
     finally:
         worker.kill()
+
+
+def follow(worker: WorkerProcess, *, timeout: float, on_event: Callable[[Event], None]) -> Event:
+    """Listens to a process until it ends; arguments, result and errors as of `run_task`."""
+    last: Event = {"event": "end"}
+    for event in worker.events(timeout=timeout):
+        if event["event"] == "cannot-write":
+            raise cannot_write(event)
+        if event["event"] in LAST:
+            last = event
+        else:
+            on_event(event)
     return last
+
+
+def cannot_write(event: Event) -> OSError:
+    """The error for a process that could not write its results."""
+    return OSError(
+        f"cannot write {event['path']}: {event['reason']}; make room or give another output folder. "
+        "What was measured before is kept"
+    )

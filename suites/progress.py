@@ -50,6 +50,7 @@ class Reporter:
         self.live = enabled and self.console.is_terminal
         self.started = time.monotonic()
         self._last_line = ""
+        self._running: dict[str, float] = {}
         self._expected = 0.0
         self._progress = Progress(
             TextColumn("{task.description}", table_column=None),
@@ -89,6 +90,19 @@ class Reporter:
         elif self.enabled and what != self._last_line:
             self._last_line = what
             self.note(what)
+
+    def running(self, what: str, share: float) -> None:
+        """One of the things that are being measured, and which share of it is done."""
+        first = what not in self._running
+        self._running[what] = share
+        if self.live:
+            self.step("; ".join(self._running), sum(self._running.values()) / len(self._running))
+        elif first and self.enabled:
+            self.note(what)
+
+    def ended(self, what: str) -> None:
+        """It is measured, or given up."""
+        self._running.pop(what, None)
 
     def expect(self, left: float) -> None:
         """Tells how many seconds all that is left will take."""

@@ -12,9 +12,10 @@ import torch
 
 from recollect.memory_backends import describe_backend, make_backend
 from recollect.model.recording import record
-from recollect.suites import curve_stage
 from recollect.suites.cells import Cell
 from recollect.suites.curve_stage import measure_curves, plan_curves
+from recollect.suites.engines import Bench, Order
+from recollect.suites.engines.local import LocalEngine
 from recollect.suites.oracle import Judge
 from recollect.suites.progress import Reporter
 from recollect.suites.workload import Workload, WorkloadSettings, prepare_workload
@@ -101,16 +102,16 @@ def test_what_is_there_is_kept_and_what_differs_is_measured_anew(
 ) -> None:
     ran: list[list[str]] = []
 
-    def run_task(task: dict[str, Any], *, on_event: Any, **_: Any) -> dict[str, Any]:
-        ran.append([curve["specs"][0] for curve in task["curves"]])
-        for index, curve in enumerate(task["curves"]):
+    def run(engine: LocalEngine, order: Order, on_event: Any) -> dict[str, Any]:
+        ran.append([curve["specs"][0] for curve in order.task["curves"]])
+        for index, curve in enumerate(order.task["curves"]):
             if curve["specs"] == ["approx-topk"] and len(ran) == 2:
                 return {"event": "died", "reason": "ended by SIGSEGV"}
             entry = {"build": curve["specs"][0], "memory_size": SIZE, "points": [{}], "reason": ""}
-            on_event({"event": "done", "index": index, "curve": entry})
+            on_event({"event": "done", "index": index, "curve": entry, "machine": "here"})
         return {"event": "end"}
 
-    monkeypatch.setattr(curve_stage, "run_task", run_task)
+    monkeypatch.setattr(LocalEngine, "run", run)
 
     def measure(settings: dict[str, Any], threads: int) -> str:
         planned = plan_curves(cells("exact", "approx-topk"), settings, seconds=1.0)
@@ -120,11 +121,11 @@ def test_what_is_there_is_kept_and_what_differs_is_measured_anew(
                 planned,
                 lambda: tmp_path,
                 seconds=1.0,
-                threads=threads,
-                timeout=1.0,
                 provenance={"threads": threads},
                 reporter=reporter,
                 expect=lambda left: None,
+                bench=Bench(LocalEngine(), tmp_path, threads, 1.0),
+                checkpoint=tmp_path,
             )
 
     assert measure({"threads": 1}, 1) == ""

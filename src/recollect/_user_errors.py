@@ -18,6 +18,7 @@ _ROOTS = (
     ("recollect.pretrained.store", "StoreError"),
     ("recollect.suites.cells", "CellError"),
     ("recollect.suites.comparison", "CompareError"),
+    ("recollect.suites.engines", "EngineError"),
     ("recollect.suites.crossover_options", "CrossoverError"),
     ("recollect.suites.tuning_options", "TuneError"),
     ("recollect.suites.ablation.options", "AblateError"),

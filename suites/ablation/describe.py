@@ -26,7 +26,7 @@ def describe_plan(options: AblateOptions) -> dict[str, Any]:
         for job in plan.evaluations.values()
         if read_record(job.path(job_output(options))) is None and plan.trainings[job.training].state() != "diverged"
     ]
-    seconds = (sum(job.seconds for job in left) + sum(job.seconds for job in evaluations)) / options.jobs
+    seconds = (sum(job.seconds for job in left) + sum(job.seconds for job in evaluations)) / (options.jobs or 1)
     return {
         "grids": [
             {
@@ -49,7 +49,7 @@ def describe_plan(options: AblateOptions) -> dict[str, Any]:
             "evaluations": len(plan.evaluations),
             "evaluations_left": len(evaluations),
             "tokens_to_train": sum(job.options.tokens for job in left),
-            "jobs": options.jobs,
+            "jobs": options.jobs or 1,
             "expected": minutes(seconds),
             "expected_seconds": round(seconds),
             "output": str(job_output(options)),

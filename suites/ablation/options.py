@@ -24,8 +24,11 @@ class AblateOptions:
         seeds: how many seeds (0, 1, ...), or None for each grid's own number.
         variants: run these alone (and what they need); empty is all.
         output: folder that grids share: what one has trained or evaluated, another finds.
-        mix: go on in a folder whose results come from another machine, thread count, version or code.
-        jobs: processes at a time.
+        mix: go on in a folder whose results come from another machine, thread count, version or code; with Ray, use
+            machines that are not alike.
+        jobs: processes at a time; None is one here, and with Ray as many as the machines have room for.
+        engine: where they run: "local", on this machine, or "ray", as tasks on the machines of a Ray cluster.
+        address: of the Ray cluster to join, host:port; None starts Ray on this machine.
         threads: threads of each process. Weights are equal between runs only with equal threads.
         device: where models live; None is the scale's own.
         timeout: seconds without any progress after which a process is given up.
@@ -42,7 +45,9 @@ class AblateOptions:
     variants: tuple[str, ...] = ()
     output: str | Path = "out/ablate"
     mix: bool = False
-    jobs: int = 1
+    jobs: int | None = None
+    engine: str = "local"
+    address: str | None = None
     threads: int = 1
     device: str | None = None
     timeout: float = 1800.0

@@ -29,7 +29,7 @@ from recollect.model.training_options import TrainingOptions
 
 from .evaluating import Evaluated, Trunks
 from .jobs import DIVERGED, EVALUATIONS, TRAINED, missing_snapshots
-from .sections import Section, evaluation_text, tokenize_split
+from .sections import Section, check_corpus, evaluation_text, tokenize_split
 from .settings import EvaluationSettings
 from .stability import read_log, summarise_log
 from .starting import adapted_start
@@ -68,7 +68,8 @@ def _time(task: dict[str, Any], tell: Tell) -> None:
     for index, job in enumerate(task["timings"]):
         tell("start", index=index, what=job["label"])
         try:
-            write_timing(timing_path(Path(task["output"]), job["digest"]), job["this"], job["reference"])
+            path = timing_path(Path(task["output"]), job["digest"])
+            write_timing(path, job["this"], job["reference"], machine=str(task.get("host", "")))
         except OSError:
             raise
         except Exception as error:
@@ -91,6 +92,7 @@ class _Work:
         self.section = Section(**task["section"])
         self.options = _options(task["training"]["options"])
         self.folder = self.options.output
+        self.host = str(task.get("host", ""))
         self._documents: dict[str, TokenizedDocuments] = {}
         self._texts: dict[str, EvaluationText] = {}
         self.trunks = Trunks()
@@ -106,6 +108,8 @@ class _Work:
         if (self.folder / CONFIG).is_file():  # killed between the checkpoint and its record
             self._record(None)
             return True
+        if self.task.get("elsewhere"):
+            check_corpus(self.section)
         if self.task["training"]["start"] is not None:
             options = adapted_start(options, self.output)
         try:
@@ -117,6 +121,7 @@ class _Work:
                 {
                     "reason": str(error),
                     "diverged_at": int(steps[-1]["step"]) + 1 if steps else 1,
+                    "machine": self.host,
                     **summarise_log(self.folder / LOG),
                 },
             )
@@ -164,6 +169,7 @@ class _Work:
                 "parameters": self.checkpoint.model.count_parameters(),
                 "seconds": round(max(spent, seconds or 0.0), 3),
                 "diverged_at": None,
+                "machine": self.host,
                 **figures,
             },
         )
@@ -211,7 +217,13 @@ class _Work:
             start = time.perf_counter()
             found = module.probe(self.snapshots(job["options"]["snapshots"]), text, options)
             seconds = round(time.perf_counter() - start, 3)
-            return {"probe": job["system"][6:], "numbers": found.numbers, "rows": found.rows, "seconds": seconds}
+            return {
+                "probe": job["system"][6:],
+                "numbers": found.numbers,
+                "rows": found.rows,
+                "seconds": seconds,
+                "machine": self.host,
+            }
         request = Request(
             checkpoint=self.checkpoint,
             config=config,
@@ -243,6 +255,7 @@ class _Work:
             "accuracy": result.accuracy,
             "tokens": result.tokens,
             "seconds": round(evaluated.seconds, 3),
+            "machine": self.host,
             "us_per_token": 1e6 * evaluated.seconds / max(1, evaluated.scored_tokens),
             "backend": result.memory.backend,
             "memory_size": result.memory.memory_size,

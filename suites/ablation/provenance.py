@@ -7,7 +7,7 @@ someone goes on all the same (`mix`), the folder keeps what differed, and its pa
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,28 @@ from .options import AblateError
 FILE = "provenance.json"
 
 
-def settle(output: Path, *, threads: int, device: str, mix: bool) -> None:
+def settle(
+    output: Path,
+    *,
+    threads: int,
+    device: str,
+    mix: bool,
+    machine: Mapping[str, Any] | None = None,
+    unlike: Sequence[str] = (),
+) -> None:
     """Compares what lies in `output` with what this run would add, and notes the latter.
+
+    Args:
+        output: the folder.
+        threads, device, mix: as of `AblateOptions`.
+        machine: that trains and evaluates; None is this one.
+        unlike: what differs between the machines of this run, in words.
 
     Raises:
         AblateError: they differ, and `mix` is not set.
     """
-    now = {**describe(threads=threads, device=device), "code": training_digest()}
+    now = {**describe(threads=threads, device="cpu" if machine else device), "code": training_digest()}
+    now |= {"device": device, "machine": {**now["machine"], **(machine or {})}}
     known = read_record(output / FILE) or {}
     former = known.get("provenance") or _of_grids(output)
     mixed = list(known.get("mixed", []))
@@ -37,10 +52,18 @@ def settle(output: Path, *, threads: int, device: str, mix: bool) -> None:
             f"{output} holds results measured with other settings ({in_words(found)}): give another --output, or go on "
             "all the same with --mix, which the folder's pages then tell"
         )
+    mixed += [text for text in unlike if text not in mixed]
     if found:
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         mixed.append(f"from {date} on: {in_words(found)}")
     write_json(output / FILE, {"schema": 1, "provenance": now, "mixed": mixed})
+
+
+def machine_of(output: Path) -> Mapping[str, Any] | None:
+    """The machine that the results of a folder come from; None where there are none, or they do not say."""
+    known = (read_record(output / FILE) or {}).get("provenance") or _of_grids(output) or {}
+    found = known.get("machine")
+    return found if isinstance(found, Mapping) else None
 
 
 def mixed_in(output: Path) -> list[str]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from recollect._version import __version__
 from recollect.memory_backends.atomic import write_json, write_text
 
-from ..environment import commit_of, describe_machine, is_changed, library_versions
+from ..environment import commit_of, is_changed, library_versions
 from .grid import Grid
 from .jobs import DIVERGED, EVALUATIONS, TRAINED, Plan, PlannedRow, read_record
 from .options import AblateOptions
@@ -36,6 +37,7 @@ _TRAINING = (
     "gradient_norm_median",
     "gradient_norm_max",
     "diverged_at",
+    "machine",
 )
 _TIMED = ("step_ms", "reference_step_ms", "step_ratio")
 _EVALUATION = (
@@ -93,6 +95,8 @@ def row_of(planned: PlannedRow, plan: Plan, output: Path, failures: Mapping[str,
     row["system"] = record["system"]
     timed = read_record(timing_path(output, planned.timing)) or {}
     row["costs"] = {**record["costs"], **{name: timed[name] for name in _TIMED if name in timed}}
+    if timed.get("machine"):
+        row["costs"]["timed_on"] = timed["machine"]
     names = (
         "digest",
         "perplexity",
@@ -106,9 +110,16 @@ def row_of(planned: PlannedRow, plan: Plan, output: Path, failures: Mapping[str,
         "text",
     )
     row["evaluation"] = {name: record[name] for name in names}
+    row["evaluation"]["machine"] = record.get("machine")
     row["evaluation"]["losses"] = f"../{EVALUATIONS}/{planned.evaluation}.npz"
     # A probe that failed leaves the row's own figures as they are, and says so.
     return {**row, "status": "ok", "reason": reason}
+
+
+def machines_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """How many rows were trained on each machine, by name; rows that do not say are left out."""
+    trained = (row["training"] or {} for row in rows)
+    return dict(Counter(str(training["machine"]) for training in trained if training.get("machine")))
 
 
 def write_rows(folder: Path, rows: Sequence[Mapping[str, Any]], sections: Sequence[Section]) -> None:
@@ -137,6 +148,10 @@ def write_run(
     seeds: int,
     vocabulary_size: int,
     kinds: Mapping[str, str],
+    engine: str,
+    jobs: int,
+    machine: Mapping[str, Any],
+    machines: Mapping[str, int],
     finished: bool,
 ) -> None:
     """Writes run.json and the grid's own text."""
@@ -181,11 +196,13 @@ def write_run(
                 for variant in chosen_variants(grid, options.variants)
             ],
             "spike_rule": SPIKE_RULE,
-            "machine": describe_machine(),
+            "machine": machine,
+            "machines": machines,
+            "engine": engine,
             "libraries": library_versions(),
             "threads": options.threads,
             "mixed": mixed_in(folder.parent),
-            "jobs": options.jobs,
+            "jobs": jobs,
             "commit": commit,
             "uncommitted_changes": is_changed() if commit else None,
             "created": (before or {}).get("created", now),

@@ -10,22 +10,24 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import threading
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from recollect.model.corpus import EMBEDDED
+
+from ..engines import Bench, Losses, make_engine
 from ..one_writer import writing_alone
-from ..processes import LAST, Event, WorkerProcess, run_task
+from ..processes import Event
 from .grid import Grid, Variant, load_grid
 from .jobs import TRAINED, EvaluationJob, Plan, TrainingJob, read_record
 from .matching import Costs
 from .options import AblateError, AblateOptions, AblateResult
 from .plan import Planner, Resolved
 from .progress import Reporter, minutes
-from .provenance import settle
-from .results import row_of, write_rows, write_run
+from .provenance import machine_of, settle
+from .results import machines_of, row_of, write_rows, write_run
 from .schedule import Task, check_devices, open_tasks, prepare_texts
 from .sections import Section, read_sections
 from .timing import timing_path
@@ -62,9 +64,7 @@ class _Ablation:
         self.failures: dict[str, str] = {}
         self.trained = self.evaluated = 0
         self.notes: list[str] = []
-        self.workers: set[WorkerProcess] = set()
-        self.lock = threading.Lock()
-        self.stopped = False
+        self.losses = Losses()
         self.learned = (0.0, 0.0)
 
     # Planning
@@ -106,29 +106,20 @@ class _Ablation:
         self.output.mkdir(parents=True, exist_ok=True)
         with writing_alone(self.output, "ablation", AblateError), Reporter(self.options.progress) as self.reporter:
             self.make_plan(measure=False)
-            check_devices(self.plan)
-            device = next(iter(self.plan.trainings.values())).options.device
-            settle(self.output, threads=self.options.threads, device=str(device), mix=self.options.mix)
-            self.make_plan(measure=True)
-            prepare_texts(
-                self.plan, self.sections, self.corpora, self.output, self.options.cache_directory, self.reporter.note
-            )
-            tasks = open_tasks(self.plan, self.output)
-            open_evaluations = sum(len(evaluations) for _, evaluations in tasks)
-            self.total = len(self.plan.trainings) + len(self.plan.evaluations)
-            self.left = {job.digest for job, _ in tasks if job.state() == "open"}
-            self.left |= {job.digest for _, evaluations in tasks for job in evaluations}
-            reused = self.total - len(self.left)
-            self._write(finished=False)
-            self.reporter.note(
-                f"{len(self.plan.rows)} rows: {len(self.plan.trainings)} trainings and {len(self.plan.evaluations)} "
-                f"evaluations, of which {len(self.left) - open_evaluations} and {open_evaluations} are to be done, in "
-                f"about {minutes(self._remaining())}"
-            )
-            self._run_all(tasks)
-            if self.options.timing:
-                self._time()
-            self._write(finished=True)
+            device = str(next(iter(self.plan.trainings.values())).options.device)
+            if self.options.engine == "local":
+                check_devices(self.plan)
+            with make_engine(
+                self.options.engine,
+                output=self.output,
+                threads=self.options.threads,
+                note=self.reporter.note,
+                address=self.options.address,
+                device=device,
+            ) as self.engine:
+                self.lock = self.engine.turn
+                self._choose_machines(device)
+                reused = self._do()
             report = self._report() if self.options.report else None
         rows = [(grid, self._rows(grid)) for grid in self.grids]
         told = {
@@ -153,24 +144,63 @@ class _Ablation:
             seconds=time.perf_counter() - self.started,
         )
 
+    def _choose_machines(self, device: str) -> None:
+        """Settles where is trained, and whether that may be added to what the folder holds."""
+        options = self.options
+        self.machine = self.engine.settle(machine_of(self.output), any_machine=options.mix)
+        settle(
+            self.output,
+            threads=options.threads,
+            device=device,
+            mix=options.mix,
+            machine=self.machine,
+            unlike=self.engine.unlike,
+        )
+        self.bench = Bench(self.engine, self.output, options.threads, options.timeout, device)
+        self.jobs = options.jobs or self.engine.places(alone=False, threads=options.threads, device=device)
+
+    def _do(self) -> int:
+        """Trains, evaluates and times what is not there yet; returns how much was there."""
+        self.make_plan(measure=True)
+        prepare_texts(
+            self.plan, self.sections, self.corpora, self.output, self.options.cache_directory, self.reporter.note
+        )
+        tasks = open_tasks(self.plan, self.output)
+        open_evaluations = sum(len(evaluations) for _, evaluations in tasks)
+        self.total = len(self.plan.trainings) + len(self.plan.evaluations)
+        self.left = {job.digest for job, _ in tasks if job.state() == "open"}
+        self.left |= {job.digest for _, evaluations in tasks for job in evaluations}
+        reused = self.total - len(self.left)
+        self._write(finished=False)
+        self.reporter.note(
+            f"{len(self.plan.rows)} rows: {len(self.plan.trainings)} trainings and {len(self.plan.evaluations)} "
+            f"evaluations, of which {len(self.left) - open_evaluations} and {open_evaluations} are to be done, in "
+            f"about {minutes(self._remaining())}"
+        )
+        self._run_all(tasks)
+        if self.options.timing:
+            self._time()
+        self._write(finished=True)
+        return reused
+
     def _remaining(self) -> float:
         """Expected seconds until all is done."""
         trainings = [job.seconds for digest, job in self.plan.trainings.items() if digest in self.left]
         evaluations = [job.seconds for digest, job in self.plan.evaluations.items() if digest in self.left]
         expected, taken = self.learned
         ratio = taken / expected if expected else 1.0
-        return ratio * (sum(trainings) + sum(evaluations)) / self.options.jobs
+        return ratio * (sum(trainings) + sum(evaluations)) / self.jobs
 
     def _run_all(self, tasks: list[Task]) -> None:
         """Runs the tasks, `jobs` at a time; one that starts from another's checkpoint waits for it."""
         waiting = list(tasks)
         running: dict[concurrent.futures.Future[None], Task] = {}
-        with concurrent.futures.ThreadPoolExecutor(self.options.jobs) as pool:
+        with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
             try:
                 while waiting or running:
                     open_now = {job.digest for job, _ in waiting} | {job.digest for job, _ in running.values()}
                     for task in list(waiting):
-                        if len(running) == self.options.jobs:
+                        if len(running) == self.jobs:
                             break
                         start = task[0].start
                         if start is not None and start in open_now:
@@ -184,10 +214,9 @@ class _Ablation:
                     for future in done:
                         del running[future]
                         future.result()
-            finally:
-                self.stopped = True
-                for worker in list(self.workers):
-                    worker.kill()
+            except BaseException:
+                self.engine.stop()
+                raise
 
     def _give_up(self, task: Task, reason: str) -> None:
         job, evaluations = task
@@ -198,38 +227,54 @@ class _Ablation:
         self._write_rows({job.digest})
 
     def _run_task(self, task: Task) -> None:
-        """One process, from its start to its end."""
-        if self.stopped:
-            return
+        """One task, from its start to its end: what is lost with a process or a machine is run again."""
         job, evaluations = task
+        while True:
+            last = self._run_process(job, evaluations)
+            if last["event"] == "end":
+                return
+            if last["event"] != "lost" or not self.losses.again(job.digest):
+                self._crashed(job, evaluations, self.losses.told(job.digest, str(last["reason"])))
+                return
+            with self.lock:
+                evaluations = [item for item in evaluations if item.digest in self.left]
+                self._note(f"{job.label}, seed {job.options.seed}: {last['reason']}: it was gone on with")
+
+    def _run_process(self, job: TrainingJob, evaluations: Sequence[EvaluationJob]) -> Event:
+        """One process, from its start to its end."""
         key = f"{job.label} seed {job.options.seed}"
         section = next(section for section in self.sections if section.name == job.section)
+        training, needs = job.as_json(), []
+        if self.engine.name != "local" and section.source != EMBEDDED:
+            # Elsewhere a path that starts here means nothing.
+            source = Path(section.source).expanduser().resolve()
+            section = dataclasses.replace(section, source=str(source))
+            training["options"]["corpus"] = str(source)
+            needs.append(source)
+        if job.start is not None:
+            needs.append(self.plan.trainings[job.start].folder)
         content = {
             "kind": "ablation",
             "output": str(self.output),
             "section": dataclasses.asdict(section),
-            "training": job.as_json(),
+            "training": training,
             "evaluations": [item.as_json() for item in evaluations],
             "cache_directory": None if self.options.cache_directory is None else str(self.options.cache_directory),
         }
-        log = self.output / "logs" / f"{job.digest}.log"
-        worker = WorkerProcess(content, threads=self.options.threads, log=log)
-        self.workers.add(worker)
-        last: Event = {"event": "end"}
         try:
-            for event in worker.events(timeout=self.options.timeout):
-                if event["event"] == "cannot-write":
-                    raise OSError(f"cannot write {event['path']}: {event['reason']}")
-                if event["event"] in LAST:
-                    last = event
-                else:
-                    self._hear(key, job, evaluations, event)
+            return self.bench.run(
+                content,
+                lambda event: self._hear(key, job, evaluations, event),
+                log=self.output / "logs" / f"{job.digest}.log",
+                needs=tuple(needs),
+                resumes=(
+                    job.folder,
+                    section.tokenizer_path(self.output, job.options.model.vocabulary_size).parent,
+                ),
+                label=key,
+            )
         finally:
-            worker.kill()
-            self.workers.discard(worker)
             self.reporter.ended(key)
-        if last["event"] != "end" and not self.stopped:
-            self._crashed(job, evaluations, str(last["reason"]))
 
     def _crashed(self, job: TrainingJob, evaluations: Sequence[EvaluationJob], reason: str) -> None:
         """Notes what a process that died leaves undone."""
@@ -290,13 +335,13 @@ class _Ablation:
             elif event["event"] == "failed":
                 self._note(f"{jobs[int(event['index'])]['label']}: its training step was not timed: {event['reason']}")
 
-        last = run_task(
-            task,
-            threads=self.options.threads,
-            log=self.output / "logs" / "timing.log",
-            timeout=self.options.timeout,
-            on_event=hear,
-        )
+        last: Event = {"event": "lost"}
+        while last["event"] == "lost" and jobs:
+            last = self.bench.run(task, hear, log=self.output / "logs" / "timing.log", alone=True, label="timing")
+            if last["event"] == "lost" and not self.losses.again("timing"):
+                break
+            jobs = [job for job in jobs if read_record(timing_path(self.output, job["digest"])) is None]
+            task = {**task, "timings": jobs}
         self.reporter.ended("timing")
         if last["event"] != "end":
             self._note(f"not all training steps were timed: {last['reason']}")
@@ -338,6 +383,10 @@ class _Ablation:
                     seeds=grid.seeds if self.options.seeds is None else self.options.seeds,
                     vocabulary_size=next(iter(self.plan.trainings.values())).options.model.vocabulary_size,
                     kinds={row["variant"]: row["kind"] for row in rows},
+                    engine=self.engine.name,
+                    jobs=self.jobs,
+                    machine=self.machine,
+                    machines=machines_of(rows),
                     finished=finished and all(row["status"] not in ("missing", "failed") for row in rows),
                 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import platform
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -100,6 +101,16 @@ def tokenize_split(
 ) -> TokenizedDocuments:
     """The tokens of one split, from the cache where they are there."""
     return tokenize(load_corpus(section.source), split, load_tokenizer(tokenizer), cache_directory)
+
+
+def check_corpus(section: Section) -> None:
+    """Raises CorpusError where this machine has other text under the section's source than the run was planned with."""
+    found = load_corpus(section.source).digest
+    if found != section.digest:
+        raise CorpusError(
+            f"corpus {section.source!r} on machine {platform.node()} has digest {found[:12]}, and the run was planned "
+            f"with {section.digest[:12]}: give the corpus as a path, which is sent to every machine"
+        )
 
 
 def evaluation_text(

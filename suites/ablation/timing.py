@@ -55,10 +55,11 @@ def timing_task(options: TrainingOptions) -> dict[str, Any]:
     }
 
 
-def write_timing(path: Path, this: dict[str, Any], reference: dict[str, Any]) -> None:
-    """Measures and writes one comparison."""
+def write_timing(path: Path, this: dict[str, Any], reference: dict[str, Any], *, machine: str = "") -> None:
+    """Measures and writes one comparison, with the name of the machine that it holds for."""
     own, other, ratio = paired_ms(TimedModel(_options(this)), TimedModel(_options(reference)))
-    write_json(path, {"step_ms": own, "reference_step_ms": other, "step_ratio": ratio, "pairs": STEPS})
+    record = {"step_ms": own, "reference_step_ms": other, "step_ratio": ratio, "pairs": STEPS, "machine": machine}
+    write_json(path, record)
 
 
 class TimedModel:

@@ -50,3 +50,19 @@ WindowOption = Annotated[
     int | None,
     typer.Option("--window", min=2, help="Hugging Face models: tokens attended to without memory. Default: all."),
 ]
+EngineOption = Annotated[
+    str,
+    typer.Option(
+        "--engine",
+        help="Where processes run: local (this machine, one after another) or ray (tasks on the machines of a Ray "
+        "cluster, wherever there is room; needs the extra 'ray').",
+    ),
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        help="The Ray cluster to join, as host:port of its head, from one of its machines. Default: Ray is started on "
+        "this machine, and ended with the run.",
+    ),
+]

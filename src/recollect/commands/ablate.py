@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from recollect.commands._options import JsonOption
+from recollect.commands._options import AddressOption, EngineOption, JsonOption
 from recollect.commands._printing import print_figures, print_json
 
 
@@ -35,21 +37,32 @@ def ablate(
     ] = Path("out/ablate"),
     mix: Annotated[
         bool,
-        typer.Option("--mix", help="Go on in a folder of another machine, thread count, version or code."),
+        typer.Option(
+            "--mix",
+            help="Go on in a folder of another machine, thread count, version or code; with --engine ray, use machines "
+            "that are not alike.",
+        ),
     ] = False,
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Processes at a time.")] = 1,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs", min=1, help="Processes at a time. Default: 1; with --engine ray as many as there is room for."
+        ),
+    ] = None,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of each process.")] = 1,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda ... Default: the scale's own.")] = None,
     timing: Annotated[
         bool, typer.Option("--timing/--no-timing", help="Time the training steps when everything else is done.")
     ] = True,
+    engine: EngineOption = "local",
+    address: AddressOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the plan, run nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Trains and evaluates grids of models that differ in one choice each, and says what the choice is worth.
 
     Everything in a grid is checked before the first step. Interrupt it at any time: the same command goes on where it
-    stopped.
+    stopped. With `--engine ray` trainings and evaluations are tasks on the machines of a Ray cluster.
 
     **Examples**
 
@@ -60,6 +73,8 @@ def ablate(
         recollect ablate memory --corpus books=books.jsonl.xz --corpus code=code.jsonl.xz --jobs 2
 
         recollect ablate my_grid.toml --scale small --seeds 1
+
+        recollect ablate gate layers --engine ray --address 10.0.0.1:6379
     """
     if not grids:
         _list(scale, as_json)
@@ -79,11 +94,15 @@ def ablate(
         threads=threads,
         device=device,
         timing=timing,
+        engine=engine,
+        address=address,
     )
     if dry_run:
         _show_plan(options, as_json)
         return
-    result = run(options)
+    # Ray prints what its nodes tell on standard output, which is for the answer.
+    with contextlib.redirect_stdout(sys.stderr):
+        result = run(options)
     answer: dict[str, Any] = {
         "output": str(result.output),
         "report": str(result.report) if result.report else None,

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from recollect.commands._options import CheckpointOption, CorpusOption, DeviceOption, JsonOption, KOption, SeedOption
+from recollect.commands._options import (
+    AddressOption,
+    CheckpointOption,
+    CorpusOption,
+    DeviceOption,
+    EngineOption,
+    JsonOption,
+    KOption,
+    SeedOption,
+)
 from recollect.commands._printing import print_figures, print_json
 
 
@@ -40,12 +51,17 @@ def compare(
     ] = False,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
+    engine: EngineOption = "local",
+    address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Swaps every index under one model, runs the suites on real text and writes the report.
 
     Interrupt it at any time: run again with the same options it goes on where it stopped. Measurements of another
     machine, thread count, library version, seed or changed code are put aside, with a note that says what differs.
+
+    With `--engine ray` the measurements are tasks on the machines of a Ray cluster, each with a machine to itself and
+    all machines alike, so that times compare. A run begun with one engine goes on with the other.
 
     **Examples**
 
@@ -54,6 +70,8 @@ def compare(
         recollect compare --backend exact --backend hnswlib:M=16,ef_search=64 --memory-size 8192
 
         recollect compare --checkpoint my_model --corpus my_texts.jsonl.xz --output out/mine
+
+        recollect compare --engine ray --address 10.0.0.1:6379
     """
     from recollect.suites.comparison import CompareOptions
     from recollect.suites.comparison import compare as run
@@ -67,6 +85,8 @@ def compare(
         "fresh": fresh,
         "seed": seed,
         "device": device,
+        "engine": engine,
+        "address": address,
     }
     if backend:
         given["backends"] = tuple(backend)
@@ -76,7 +96,9 @@ def compare(
         given["max_tokens"] = max_tokens
     if curve_seconds is not None:
         given["curve_seconds"] = curve_seconds
-    result = run(CompareOptions(**given))
+    # Ray prints what its nodes tell on standard output, which is for the answer.
+    with contextlib.redirect_stdout(sys.stderr):
+        result = run(CompareOptions(**given))
     answer = {
         "output": str(result.output),
         "report": str(result.report) if result.report else None,
