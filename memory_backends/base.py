@@ -178,14 +178,7 @@ class MemoryBackend(Declared, Numbered, ABC):
         if self.device.type == "cpu":
             check_fits(planned.keys, doing)
         try:
-            self.ring = KeyRing(
-                num_memories,
-                capacity,
-                dim,
-                device=self.device,
-                storage=self.key_options.storage,
-                keys_in=self.key_options.keys_in,
-            )
+            self.ring = self._make_ring()
             if metric == "cosine":
                 self._norms = lazy_zeros(num_memories, capacity, device=self.device)
         except (MemoryError, RuntimeError) as error:
@@ -222,6 +215,17 @@ class MemoryBackend(Declared, Numbered, ABC):
     @abstractmethod
     def _reset(self, memories: Tensor) -> None:
         """Forgets every key of `memories` (M',) int64 on the CPU; `self.ring` is empty there already."""
+
+    def _make_ring(self) -> KeyRing:
+        """What keeps the raw keys; for a backend whose keys lie elsewhere, something that acts as a ring."""
+        return KeyRing(
+            self.num_memories,
+            self.capacity,
+            self.dim,
+            device=self.device,
+            storage=self.key_options.storage,
+            keys_in=self.key_options.keys_in,
+        )
 
     def _set_search_options(self, changed: frozenset[str]) -> None:
         """Brings the index in line with `self.options`, of which the named ones were changed."""

@@ -59,7 +59,7 @@ def plan_bytes(
     stored = options if isinstance(options, KeyStorageOptions) else KeyStorageOptions()
     in_memory, mapped = bytes_of_key(dim, stored.storage, in_file=stored.keys_in != IN_MEMORY)
     index = cls._planned_index_bytes(options, capacity=capacity, dim=dim, metric=metric)
-    slots = num_memories * capacity
+    slots = num_memories * capacity if cls.keeps_keys(options) else 0
     return PlannedBytes(
         keys=slots * (in_memory + (NORM_BYTES if metric == "cosine" else 0)),
         index=None if index is None else num_memories * index,

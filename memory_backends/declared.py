@@ -33,6 +33,11 @@ class Declared:
         return ()
 
     @classmethod
+    def keeps_keys(cls, options: Any) -> bool:
+        """Whether one with these options holds all raw keys itself, as most do."""
+        return True
+
+    @classmethod
     def build_options(cls, options: Any) -> dict[str, Any]:
         """Of the options given, what is fixed once the backend is made; equal for those that can share an index."""
         return {name: value for name, value in options_given(options).items() if name not in cls.search_options}

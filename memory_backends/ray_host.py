@@ -27,7 +27,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recollect.memory_backends.errors import UnsupportedOperation
+from recollect.memory_backends.key_log import KeyLog
 from recollect.memory_backends.registry import make_backend
+from recollect.memory_backends.sharding import Share
 
 SMALL_SLOTS = 2**31
 
@@ -81,6 +83,23 @@ class Refused:
 
 
 @dataclass(frozen=True)
+class Filled:
+    """What a shard has got from a log.
+
+    Attributes:
+        held: keys alive in the shard.
+        keys: how many it took this time.
+        reached: the number, in the whole memory, from which on keys are missing.
+        done: whether the log has no more.
+    """
+
+    held: int
+    keys: int
+    reached: int
+    done: bool
+
+
+@dataclass(frozen=True)
 class Expected:
     """How a shard should stand when a call reaches it.
 
@@ -109,6 +128,8 @@ class Shard:
         if about.bases is not None:
             self.bases = torch.tensor(list(about.bases), dtype=torch.int64)
         self.restoring = about.bases is not None
+        self.readers: dict[int, tuple[KeyLog, Iterator[tuple[Tensor, Tensor, Tensor]]]] = {}
+        """Logs that memories are being filled from, by memory."""
         self.changes = 0
 
     def add(self, group: Group) -> None:
@@ -128,6 +149,26 @@ class Shard:
             self.backend.add(keys, memories=memories)
         self.totals[memories] = start + keys.shape[1]
 
+    def fill(self, uri: str, memory: int, share: Share) -> Filled:
+        """Takes the next keys of a log; those of the memory that the shard has already are passed over."""
+        if memory not in self.readers:
+            log = KeyLog.open(uri)
+            self.readers[memory] = log, log.read(memory, shard=share.shard, shards=share.shards)
+        log, keys_of_log = self.readers[memory]
+        for numbers, _, keys in keys_of_log:
+            counted, had = share.count(numbers), int(self.totals[memory])
+            new = counted >= had
+            if bool(new.any()):
+                start = counted[new][:1]
+                before = torch.tensor([had])
+                self.add(group_of(torch.tensor([memory]), before, start, keys[new][None]))
+                return Filled(self.held(), int(new.sum()), int(numbers[-1]) + 1, False)
+        total = int(log.totals[memory])
+        log.close()
+        del self.readers[memory]
+        self.totals[memory] = max(int(self.totals[memory]), share.count(total))
+        return Filled(self.held(), 0, total, True)
+
     def search(
         self, memories: NDArray[np.int64], queries: NDArray[np.float32], k: int
     ) -> tuple[NDArray[np.float32], NDArray[Any]]:
@@ -140,6 +181,15 @@ class Shard:
             slots = torch.where(slots < 0, slots, (slots + bases) % self.backend.capacity)
         small = self.backend.capacity < SMALL_SLOTS
         return found.scores.numpy(), (slots.int() if small else slots).numpy()
+
+    def gather(self, memories: Tensor, slots: Tensor, share: Share) -> NDArray[np.float32]:
+        """The shard's own among the keys at slots (M', n): (found, D), memory by memory."""
+        parts = []
+        for memory, row in zip(memories.tolist(), slots, strict=True):
+            local = row[(row >= 0) & (row % share.shards == share.shard)] // share.shards
+            own = (local - self.bases[memory]) % share.size
+            parts.append(self.backend.gather_keys(own[None, None], memories=[memory])[0, 0])
+        return torch.cat(parts).numpy()
 
     def held(self) -> int:
         """Keys alive."""
@@ -190,6 +240,25 @@ class ShardHost:
                 shard.add(group)
         return shard.held()
 
+    def fill(self, name: str, expected: Expected, uri: str, memory: int, share: Share) -> Refused | Filled:
+        """Takes the next keys of a memory from a log; called again until that has no more."""
+        shard = self._shard(name, expected)
+        if isinstance(shard, Refused):
+            return shard
+        shard.changes += 1
+        with self._threads(shard):
+            return shard.fill(uri, memory, share)
+
+    def gather(
+        self, name: str, expected: Expected, memories: NDArray[np.int64], slots: NDArray[np.int64], share: Share
+    ) -> Refused | NDArray[np.float32]:
+        """The shard's own among the keys at slots (M', n) of the whole memories: (found, D), memory by memory."""
+        shard = self._shard(name, expected)
+        if isinstance(shard, Refused):
+            return shard
+        with self._threads(shard):
+            return shard.gather(torch.from_numpy(memories), torch.from_numpy(slots), share)
+
     def reset(self, name: str, expected: Expected, memories: NDArray[np.int64]) -> Refused | int:
         """Empties memories; answers as `add`."""
         shard = self._shard(name, expected)
@@ -199,6 +268,8 @@ class ShardHost:
         which = torch.from_numpy(memories)
         with self._threads(shard):
             shard.backend.reset(which)
+        for memory in which.tolist():
+            shard.readers.pop(memory, None)
         shard.totals[which] = 0
         shard.bases[which] = 0
         return shard.held()

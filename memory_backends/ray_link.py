@@ -15,16 +15,17 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from recollect.memory_backends.errors import MemoryBackendError, OutOfMemory, Unreachable
+from recollect.memory_backends.errors import CorruptMemory, MemoryBackendError, OutOfMemory, Unreachable
 from recollect.memory_backends.key_ring import KeyRing
 from recollect.memory_backends.out_of_memory import as_out_of_memory, ran_out
-from recollect.memory_backends.ray_host import Expected, Group, Refused, ShardAbout, group_of
+from recollect.memory_backends.ray_host import Expected, Filled, Group, Refused, ShardAbout, group_of
 from recollect.memory_backends.ray_session import Host
+from recollect.memory_backends.ray_store import StoreRing
 from recollect.memory_backends.sharding import Share
 
 MOST_PENDING = 32
@@ -71,6 +72,15 @@ class _Mending:
     keys: int = 0
 
 
+class _Sent(NamedTuple):
+    """A change on its way: the call's future, bytes, when it was called, and the memory that it fills from a log."""
+
+    reference: Any
+    size: int
+    since: float
+    filled: int = -1
+
+
 class ShardLink:
     """The owner's end of one shard. Not for several threads at once.
 
@@ -103,7 +113,7 @@ class ShardLink:
         self.moved_bytes = 0
         self.recoveries: list[Recovery] = []
         self._changes = 0
-        self._pending: deque[tuple[Any, int, float]] = deque()
+        self._pending: deque[_Sent] = deque()
         self._pending_bytes = 0
         self._held = 0
         self._making: Any = None
@@ -166,9 +176,11 @@ class ShardLink:
                 if not self._has_room():
                     return False
                 start = max(before, self.ring.first_number(memory))
+                if isinstance(self.ring, StoreRing) and start < self.ring.tail_from(memory):
+                    self._fill(self.ring, memory)
+                    return False
                 stop = min(total, start + step)
-                slots = torch.arange(start, stop) % self.ring.capacity
-                keys = self.ring.rows(memory, slots[self.share.mine(slots)].to(self.ring.device))
+                keys = self._keys(memory, start, stop)
                 before_start = torch.tensor([before, start])
                 counted = self.share.count(before_start)
                 self._send([group_of(one, counted[:1], counted[1:], keys.cpu()[None])])
@@ -177,9 +189,28 @@ class ShardLink:
                     self._mending.keys += len(keys)
         return True
 
+    def _keys(self, memory: int, start: int, stop: int) -> Tensor:
+        """The shard's own of keys number `start` to `stop` - 1, which are alive."""
+        slots = torch.arange(start, stop) % self.ring.capacity
+        mine = self.share.mine(slots)
+        if isinstance(self.ring, StoreRing):
+            return self.ring.in_tail(memory, start, stop)[mine]
+        return self.ring.rows(memory, slots[mine].to(self.ring.device))
+
+    def _fill(self, ring: StoreRing, memory: int) -> None:
+        """Has the shard take the next keys of a memory from the log; one step at a time."""
+        if not self._filling:
+            self._change(self.host.actor.fill.remote(self.name, self.expected, ring.uri, memory, self.share), 0, memory)
+
+    @property
+    def _filling(self) -> bool:
+        return any(one.filled >= 0 for one in self._pending)
+
     def reset(self, memories: Tensor) -> None:
         """Empties memories, which the ring has emptied already."""
         self.sent[memories] = 0
+        emptied = set(memories.tolist())
+        self._pending = deque(one._replace(filled=-1) if one.filled in emptied else one for one in self._pending)
         if self.epoch is not None:
             self._change(self.host.actor.reset.remote(self.name, self.expected, memories.numpy()), 0)
 
@@ -197,9 +228,9 @@ class ShardLink:
         size = sum(group.nbytes for group in groups)
         self._change(self.host.actor.add.remote(self.name, self.expected, *groups), size)
 
-    def _change(self, reference: Any, size: int) -> None:
+    def _change(self, reference: Any, size: int, filled: int = -1) -> None:
         self._changes += 1
-        self._pending.append((reference, size, time.monotonic()))
+        self._pending.append(_Sent(reference, size, time.monotonic(), filled))
         self._pending_bytes += size
         self.moved_bytes += size
 
@@ -219,7 +250,7 @@ class ShardLink:
         """What to wait for before `settle` can do more."""
         if self._making is not None:
             return [self._making]
-        return [self._pending[0][0]] if self._pending else []
+        return [self._pending[0].reference] if self._pending else []
 
     def settle(self, *, all_done: bool = False) -> bool:
         """Takes in answers that have come, without waiting; whether there is room for another append.
@@ -231,12 +262,13 @@ class ShardLink:
 
         if self._making is not None and ray.wait([self._making], timeout=0)[0]:
             self._made()
-        if not self._pending or (len(self._pending) < MOST_PENDING // 2 and not all_done and self._mending is None):
+        urgent = all_done or self._mending is not None or self._filling
+        if not self._pending or (len(self._pending) < MOST_PENDING // 2 and not urgent):
             return True
         done = len(self._pending)
         if not all_done:
-            ready = set(ray.wait([one[0] for one in self._pending], num_returns=done, timeout=0)[0])
-            done = next((place for place, one in enumerate(self._pending) if one[0] not in ready), done)
+            ready = set(ray.wait([one.reference for one in self._pending], num_returns=done, timeout=0)[0])
+            done = next((place for place, one in enumerate(self._pending) if one.reference not in ready), done)
         if done:
             self._take(done)
         self._finish()
@@ -247,18 +279,33 @@ class ShardLink:
         import ray
 
         taken = [self._pending.popleft() for _ in range(count)]
-        self._pending_bytes -= sum(size for _, size, _ in taken)
+        self._pending_bytes -= sum(one.size for one in taken)
         try:
-            answers = ray.get([reference for reference, _, _ in taken])
+            answers = ray.get([one.reference for one in taken])
         except Exception as error:
-            self.lost(error, taken[0][2])
+            self.lost(error, taken[0].since)
             return
-        for answer, (_, _, since) in zip(answers, taken, strict=True):
+        for answer, one in zip(answers, taken, strict=True):
             if isinstance(answer, Refused):
-                self.lost(answer, since)
+                self.lost(answer, one.since)
                 return
-        self._held = answers[-1]
+            if isinstance(answer, Filled):
+                self._filled(answer, one)
+            self._held = answer.held if isinstance(answer, Filled) else answer
         self.progress = time.monotonic()
+
+    def _filled(self, answer: Filled, sent: _Sent) -> None:
+        if self._mending is not None:
+            self._mending.keys += answer.keys
+        if sent.filled < 0:
+            return  # the memory was emptied meanwhile
+        before = int(self.sent[sent.filled])
+        self.sent[sent.filled] = answer.reached
+        if answer.done and answer.reached <= before:
+            self.failure = CorruptMemory(
+                f"{self.where}: the store holds {answer.reached} keys of memory {sent.filled}, and more were written: "
+                "it was changed by another program, or went back to an older version"
+            )
 
     def _made(self) -> None:
         import ray

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from recollect.memory_backends.errors import InvalidSpec, UnknownBackend
-from recollect.memory_backends.options import KeyStorageOptions
+from recollect.memory_backends.options import IN_MEMORY, KeyStorageOptions
 from recollect.memory_backends.ray_session import LOCAL, Placement
 from recollect.memory_backends.registry import canonical_spec, capabilities_of, classes_of
 
@@ -23,6 +23,17 @@ class RayOptions(KeyStorageOptions):
     backend: str = field(
         default=BACKEND,
         metadata={"help": "registry string, in quotes, of what holds each shard; may change in its search options"},
+    )
+    keys: Literal["caller", "store"] = field(
+        default="caller",
+        metadata={
+            "help": "where raw keys lie, from which lost shards are filled: with the caller, or in the durable store "
+            "that `store` names"
+        },
+    )
+    store: str = field(
+        default="",
+        metadata={"help": "with keys=store: a folder or an object store's address that every shard can reach"},
     )
     address: str = field(
         default=LOCAL,
@@ -74,6 +85,13 @@ class RayOptions(KeyStorageOptions):
             raise ValueError(f"shards={self.shards} is below 1")
         if self.deadline_seconds <= 0:
             raise ValueError(f"deadline_seconds={self.deadline_seconds:g} is not above 0")
+        if (self.keys == "store") != bool(self.store):
+            raise ValueError(
+                f"keys={self.keys} and store={self.store!r} do not go together: write keys=store,store='a folder or "
+                "address', or leave both out"
+            )
+        if self.store and (self.storage != "float32" or self.keys_in != IN_MEMORY):
+            raise ValueError("keys=store keeps whole keys in the store: leave out storage and keys_in")
         for name in ("cpus_per_shard", "gpus_per_shard"):
             amount = getattr(self, name)
             if amount < 0 or (amount > 1 and amount != int(amount)):

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from recollect.memory_backends.errors import Unreachable
@@ -86,6 +87,14 @@ class Shards:
             for link in self.links:
                 if all_of_them or bool((link.sent > link.ring.totals).any()):
                     link.lost(why, time.monotonic())
+
+    def needed_from(self, totals: Tensor) -> Tensor:
+        """(M,) the number from which on some shard that is there has not been sent a memory's keys."""
+        needed = totals.clone()
+        for link in self.links:
+            if link.epoch is not None:
+                torch.minimum(needed, link.sent, out=needed)
+        return needed
 
     def begin_again(self) -> None:
         """Has all shards made and filled anew, by what they are made from now."""

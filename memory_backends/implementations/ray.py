@@ -28,12 +28,14 @@ from recollect.memory_backends.base import Capabilities, MemoryBackend
 from recollect.memory_backends.budget import plan_bytes
 from recollect.memory_backends.calls import reads
 from recollect.memory_backends.errors import CorruptMemory, InvalidSpec, UnsupportedOperation
+from recollect.memory_backends.key_ring import KeyRing
 from recollect.memory_backends.ray_host import ShardAbout
 from recollect.memory_backends.ray_link import Recovery, ShardLink, as_ours
 from recollect.memory_backends.ray_options import BACKEND, NAME, RayOptions
 from recollect.memory_backends.ray_session import SESSION, START_SECONDS
 from recollect.memory_backends.ray_shards import PartialAnswer, Shards
 from recollect.memory_backends.ray_start import PIP
+from recollect.memory_backends.ray_store import StoreRing
 from recollect.memory_backends.records import MemoryStats, Requirement
 from recollect.memory_backends.registry import (
     build_spec,
@@ -93,7 +95,16 @@ class Ray(MemoryBackend):
 
     @classmethod
     def capabilities_with(cls, options: RayOptions) -> Capabilities:
-        return dataclasses.replace(capabilities_of(options.backend), devices=("cpu",), persistent=True)
+        able = capabilities_of(options.backend)
+        if options.keys == "caller":
+            return dataclasses.replace(able, devices=("cpu",), persistent=True)
+        # A log of keys has no place for the lengths of vectors, which the cosine needs to give keys back.
+        metrics = tuple(metric for metric in able.metrics if metric != "cosine")
+        return dataclasses.replace(able, devices=("cpu",), persistent=False, metrics=metrics)
+
+    @classmethod
+    def keeps_keys(cls, options: RayOptions) -> bool:
+        return options.keys == "caller"
 
     @classmethod
     def sources_with(cls, options: RayOptions) -> tuple[str, ...]:
@@ -133,9 +144,44 @@ class Ray(MemoryBackend):
 
     # The contract -----------------------------------------------------------------------------------------------------
 
+    def _make_ring(self) -> KeyRing:
+        if self.options.keys == "caller":
+            return super()._make_ring()
+        self.index_may_fail = False  # type: ignore[misc]  # an append overwrites nothing that would have to come back
+        memory = weakref.ref(self)
+
+        def gather(slots: Tensor, memories: Tensor) -> Tensor:
+            this = memory()
+            assert this is not None
+            return this._gather_from_shards(slots, memories)
+
+        return StoreRing(self.options.store, self.num_memories, self.capacity, self.dim, gather)
+
     def _add(self, keys: Tensor, slots: Tensor, memories: Tensor) -> None:
-        self.shards.use(self.ring)
+        self._use_ring()
+        if isinstance(self.ring, StoreRing) and self.ring.due():
+            self.ring.commit(self.ring.before)
         self.shards.append(keys, slots, memories)
+        if isinstance(self.ring, StoreRing):
+            self.ring.let_go(self.shards.needed_from(self.ring.totals))
+
+    def _use_ring(self) -> None:
+        if self.options.keys == "store" and not isinstance(self.ring, StoreRing):
+            raise UnsupportedOperation(
+                f"{self.spec!r} keeps its keys in a store and cannot search those of another backend: take keys=caller"
+            )
+        self.shards.use(self.ring)
+
+    def _gather_from_shards(self, slots: Tensor, memories: Tensor) -> Tensor:
+        """Keys (M', Q, K, D) at slots (M', Q, K), from the shards that hold them."""
+        flat = slots.flatten(1)
+        gathered = torch.zeros(*flat.shape, self.dim)
+        which, asked = memories.numpy(), flat.numpy()
+        answers = self._ask("gather", lambda link: (which, asked, link.share), memories)
+        for link in self.shards.links:
+            mine = (flat >= 0) & (flat % link.share.shards == link.share.shard)
+            gathered[mine] = torch.from_numpy(answers[link.share.shard].copy())
+        return gathered.view(*slots.shape, self.dim)
 
     def _search(self, queries: Tensor, k: int, memories: Tensor) -> tuple[Tensor, Tensor]:
         asked = queries.numpy()
@@ -175,7 +221,7 @@ class Ray(MemoryBackend):
         )
 
     def _reset(self, memories: Tensor) -> None:
-        self.shards.use(self.ring)
+        self._use_ring()
         self.shards.reset(memories)
 
     def _recover(self, memories: Tensor) -> None:
@@ -187,7 +233,7 @@ class Ray(MemoryBackend):
     def _ask(self, method: str, arguments: Any, memories: Tensor | None = None, **how: Any) -> dict[int, Any]:
         """Asks all shards, by default about every memory and within the deadline of the options."""
         which = torch.arange(self.num_memories) if memories is None else memories
-        self.shards.use(self.ring)
+        self._use_ring()
         return self.shards.ask(
             method, arguments, which, **{"deadline": self.options.deadline_seconds, "partial": False, **how}
         )
@@ -231,15 +277,26 @@ class Ray(MemoryBackend):
         return int(self._totals_of_shards()["pending_builds"])
 
     def _wait(self) -> None:
+        if isinstance(self.ring, StoreRing):
+            self.ring.commit(self.ring.totals)
         while self._pending_builds():
             time.sleep(POLL_SECONDS)
         self._ask("wait", lambda _: ())
 
     def _close(self) -> None:
         self._finalizer.detach()
-        SESSION.give_back(self._lease)
+        try:
+            if isinstance(self.ring, StoreRing):
+                self.ring.commit(self.ring.totals)
+        finally:
+            SESSION.give_back(self._lease)
 
     def _save(self, directory: Path) -> None:
+        if not self.capabilities.persistent:
+            raise UnsupportedOperation(
+                f"the keys of {self.spec!r} are durable in its store, all of them after wait() or close(): a memory of "
+                "the same spec and sizes goes on with them"
+            )
         described = {}
         for shard, (bases, files) in self._ask("index_files", lambda _: ()).items():
             folder = directory / f"shard-{shard}"
