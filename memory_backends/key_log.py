@@ -32,7 +32,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from recollect.memory_backends import key_rows, lance_support, log_merging, log_reading
+from recollect.memory_backends import key_rows, lance_merging, lance_support, log_reading
 from recollect.memory_backends.arguments import check_memories, check_vectors
 from recollect.memory_backends.errors import ClosedMemory, InvalidInput, WriteConflict
 from recollect.memory_backends.lance_places import Place, place_of
@@ -303,7 +303,11 @@ class KeyLog:
         """
         self._check_writable()
         wasteful = lance_support.ask(
-            self.place, "read", lambda: log_merging.wasteful_fragments(self._dataset, self._state)
+            self.place,
+            "read",
+            lambda: lance_merging.wasteful_fragments(
+                self._dataset, lambda fragment: key_rows.has_dead(fragment, self._state)
+            ),
         )
         self._rewrite(wasteful)
         self._clean(keep_seconds, alone=alone)
@@ -402,7 +406,7 @@ class KeyLog:
                 time.sleep(random.uniform(0.0, 0.01))
 
     def _merge_small(self) -> None:
-        run = key_rows.run_to_merge([fragment.metadata for fragment in self._dataset.get_fragments()], self.dim)
+        run = lance_merging.run_to_merge([fragment.metadata for fragment in self._dataset.get_fragments()])
         if run:
             self._rewrite(self._dataset.get_fragments()[-run:])
             if time.monotonic() - self._cleaned > SECONDS_BETWEEN_CLEANINGS:
@@ -412,10 +416,17 @@ class KeyLog:
         """Puts rows alive of `fragments` into fewer and larger ones, at their place in the order."""
         if not fragments:
             return
-        merged = log_merging.merge(self.place, self._dataset, self._state, fragments)
+        dataset, state = self._dataset, self._state
+        merged = lance_merging.merge(
+            self.place,
+            dataset,
+            fragments,
+            lambda run: key_rows.alive_batches(dataset, run, state),
+            key_rows.schema_of(self.dim),
+        )
         try:
             self._change(lambda state: state, merged.in_place_of)
-        except log_merging.Overtaken:
+        except lance_merging.Overtaken:
             # Another writer has merged them: its files hold the same rows.
             lance_support.drop_rows(self.place, merged.written)
 

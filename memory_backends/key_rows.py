@@ -1,4 +1,4 @@
-"""The rows of a `KeyLog`: how keys become Arrow batches and come back, and which data files are merged.
+"""The rows of a `KeyLog`: how keys become Arrow batches and come back.
 
 Letters: M' memories, T keys of each, D dimension.
 """
@@ -21,10 +21,6 @@ Array = np.ndarray[Any, Any]
 Part = tuple[Array, Array, Array]
 
 COLUMNS = ("memory", "generation", "number", "slot", "checksum", "key")
-FAN_OUT = 32
-"""So many data files of one size are merged into one: a row is rewritten once for each power of it."""
-LARGE_BYTES = 256 << 20
-"""Of a data file that is not merged any more."""
 MERGED_ROWS = 16384
 """Rows at a time while files are merged."""
 SPARSE = 8
@@ -130,31 +126,6 @@ def has_dead(fragment: Any, state: LogState) -> bool:
     """Whether a fragment holds a row that is no longer alive."""
     columns = ["memory", "generation", "number"]
     return any(not _mask(batch, state).all() for batch in fragment.to_batches(columns=columns))
-
-
-def is_small(fragment: Any, dim: int) -> bool:
-    """Whether a fragment is worth merging with its neighbours."""
-    return bool(fragment.metadata.num_rows * dim * 4 < LARGE_BYTES)
-
-
-def run_to_merge(fragments: list[Any], dim: int) -> int:
-    """How many of the last fragments are to be merged: FAN_OUT or more of about one size, or none.
-
-    Sizes are compared by the power of FAN_OUT that their rows reach.
-    """
-    levels = []
-    for metadata in reversed(fragments):
-        if metadata.num_rows * dim * 4 >= LARGE_BYTES:
-            break
-        level, rows = 0, metadata.num_rows
-        while rows >= FAN_OUT:
-            level, rows = level + 1, rows // FAN_OUT
-        levels.append(level)
-    best = 0
-    for level in set(levels):
-        run = next((place for place, other in enumerate(levels) if other > level), len(levels))
-        best = max(best, run if run >= FAN_OUT else 0)
-    return best
 
 
 def _alive(batch: Any, state: LogState) -> Any:

@@ -43,6 +43,13 @@ class Place:
     shown: str
 
     @property
+    def path(self) -> Path | str:
+        """What a caller opens it by: the folder as it was named, or the address."""
+        if self.folder is None:
+            return self.address
+        return self.folder if _ADDRESS.match(self.shown) else Path(self.shown).expanduser()
+
+    @property
     def remote(self) -> bool:
         """Whether it is reached over a network, and may not answer."""
         return self.folder is None and not self.address.startswith("memory://")

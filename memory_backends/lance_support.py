@@ -65,7 +65,18 @@ _REFUSED = (
     "invalidaccesskeyid",
     "signaturedoesnotmatch",
 )
-_DAMAGED = ("corrupt", "invalid magic", "decode", "manifest", "unexpected end", "out of range", "eof", "panicked")
+_DAMAGED = (
+    "corrupt",
+    "invalid magic",
+    "decode",
+    "manifest",
+    "unexpected end",
+    "out of range",
+    "eof",
+    "panicked",
+    "fill whole",
+    "too small",
+)
 
 
 def import_lance() -> Any:
@@ -268,9 +279,9 @@ def told(place: Place, doing: str) -> Iterator[None]:
     """Raises Lance's errors in this package's words."""
     try:
         yield
-    except MemoryBackendError:
-        raise
     except Exception as error:
+        if type(error).__module__.startswith("recollect."):
+            raise  # told already
         raise _translated(error, place, doing) from None
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # Lance's own faults, which Python does not count as errors
@@ -330,7 +341,7 @@ def _translated(error: BaseException, place: Place, doing: str) -> MemoryBackend
     if isinstance(error, PermissionError) or "permission denied" in low:
         return MemoryBackendError(f"{what}: permission denied; mend the permissions, or give another place")
     if any(saying in low for saying in _DAMAGED):
-        return CorruptMemory(f"{what}: it is damaged ({reason}); bring it back from a copy, or make it again")
+        return CorruptMemory(f"{what}: damaged or cut short ({reason}); bring it back from a copy, or make it again")
     return MemoryBackendError(f"{what}: {reason}")
 
 

@@ -26,6 +26,7 @@ remembered, since its rows are no texts until it ends; `num_return_sequences` ro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from recollect.memory_backends import canonical_spec
@@ -34,6 +35,7 @@ from recollect.pretrained import families
 from recollect.pretrained.handle import SETTINGS, AttachedMemory, attach_settings
 from recollect.pretrained.records import KeyStore, MemorySettings
 from recollect.pretrained.saving import load_attached
+from recollect.pretrained.store import opened_store
 
 
 def attach_memory(
@@ -48,7 +50,7 @@ def attach_memory(
     window: int | None = None,
     overlap: int | None = None,
     distance: int | None = None,
-    store: KeyStore | None = None,
+    store: KeyStore | str | Path | None = None,
     seed: int = 0,
 ) -> AttachedMemory:
     """Gives a pretrained causal language model a memory; the model itself is changed, and can be changed back.
@@ -70,7 +72,8 @@ def attach_memory(
         distance: rotary models: how many tokens back a remembered key seems to lie; None is half a window, which the
                 model has learned to attend over. (Distance 0, where only a token's own key ever stood, makes pretrained
                 models worse, and so does a distance that they never saw.) Must be None for other models.
-        store: keys of texts read before, which every row searches beside its own; see `MemoryStore`.
+        store: keys of texts read before, which every row searches beside its own: a `MemoryStore`, or the folder or
+            address of one.
         seed: decides everything random in the index.
 
     Returns:
@@ -99,7 +102,7 @@ def attach_memory(
         distance=_distance(distance, window, families.family_of(model)),
         seed=seed,
     )
-    return attach_settings(model, settings, store)
+    return attach_settings(model, settings, opened_store(store))
 
 
 def _whole(name: str, number: Any, least: int) -> int:

@@ -77,13 +77,13 @@ class MemoryComparison:
     Attributes:
         result: with memory, and with the store where there is one.
         without: the same model with nothing to remember.
-        store: the store's folder, None without one.
+        store: the store's folder or address, None without one.
         gate, window, overlap: what a Hugging Face model was given; None for a checkpoint, which has its own.
     """
 
     result: EvaluationResult
     without: EvaluationResult
-    store: Path | None = None
+    store: Path | str | None = None
     gate: str | None = None
     window: int | None = None
     overlap: int | None = None
@@ -157,7 +157,7 @@ def evaluate_with_store(
 
     Args:
         options: `checkpoint` is the model's folder, of either kind; backend, memory_size, k and seed count for both.
-        store: folder of a memory store.
+        store: folder or address of a memory store.
         choice: what only a Hugging Face model can be told (layers, gate, window).
         on_segment: called with the tokens read so far and how many there are, both readings together.
 

@@ -32,7 +32,7 @@ class GenerationOptions:
 
     Attributes:
         model: folder of a Hugging Face model or of a checkpoint; None is the shipped model.
-        store: folder of a memory store made with that model.
+        store: folder or address of a memory store made with that model.
         max_new_tokens: at most.
         temperature, top_k, top_p: as in `recollect.model.sampling.Sampling`; the default takes the likeliest token.
         stop: texts; the first that appears ends the continuation.

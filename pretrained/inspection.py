@@ -47,7 +47,7 @@ class InspectionOptions:
 
     Attributes:
         model: folder of a Hugging Face model or of a checkpoint; None is the model that ships with the package.
-        store: folder of a memory store made with that model.
+        store: folder or address of a memory store made with that model.
         corpus: 'stdlib', or a text file, folder, JSON lines or dataset.
         split: which documents: 'test', 'validation', 'train', or 'all'.
         backend: registry string of the memory's backend.

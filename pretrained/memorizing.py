@@ -36,7 +36,7 @@ from recollect.pretrained.loading import (
 )
 from recollect.pretrained.records import StoredKeys
 from recollect.pretrained.sources import Source, read_documents
-from recollect.pretrained.store import MANIFEST, MemoryStore, StoreError, StoreIdentity, digest_text
+from recollect.pretrained.store import MemoryStore, StoreError, StoreIdentity, digest_text
 
 LayerPairs = dict[int, tuple[Tensor, Tensor]]
 OnDocument = Callable[[int, int], None]
@@ -49,13 +49,13 @@ class Memorized:
     """What `memorize` did.
 
     Attributes:
-        store: the store's folder.
+        store: the store's folder or address.
         documents, tokens, size_bytes: what it holds now.
         added, changed, dropped, unchanged: documents.
         skipped: by reason, what was passed over.
     """
 
-    store: Path
+    store: Path | str
     documents: int
     tokens: int
     size_bytes: int
@@ -98,20 +98,20 @@ def memorize(
     Args:
         path: a file, a folder (hidden, ignored and binary files are passed over), JSON lines, or a dataset on disk.
         model: folder of a Hugging Face model or of a checkpoint; None or 'reference' is the shipped model.
-        output: the store's folder.
+        output: the store's folder, or its address on an object store, such as `s3://bucket/store`.
         update: bring an older store up to date.
         layers: of a Hugging Face model, those that get a memory, as for `attach_memory`; a checkpoint has its own.
         device: where the model runs.
         on_document: called with the number of characters read and how many there are to read, for progress.
 
     Raises:
+        BackendUnavailable: pylance, which keeps the store, is not installed.
         StoreError: the store was made by another model, tokenizer or layer, is damaged, or holds other documents and
             `update` was not asked for.
         CorpusError, CheckpointError, ConfigurationError: there is no text, no such model, or no such layer.
     """
-    output = Path(output).expanduser()
     source = read_documents(path)
-    existing = MemoryStore.open(output) if (output / MANIFEST).is_file() else None
+    existing = MemoryStore.open(output) if MemoryStore.exists(output) else None
     if existing is not None:
         _check_overlap(existing, source, path, update)
     reader = _reader(model, layers, device, existing)

@@ -16,11 +16,12 @@ from torch import Tensor
 from recollect.model.checkpoints import CheckpointError
 from recollect.pretrained.handle import SETTINGS, AttachedMemory, attach_settings
 from recollect.pretrained.records import KeyStore, MemorySettings
+from recollect.pretrained.store import opened_store
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
-def load_attached(path: str | Path, *, store: KeyStore | None = None, **kwargs: Any) -> Any:
+def load_attached(path: str | Path, *, store: KeyStore | str | Path | None = None, **kwargs: Any) -> Any:
     """A causal language model saved with its memory, the memory attached as it was, empty.
 
     Args:
@@ -51,7 +52,7 @@ def load_attached(path: str | Path, *, store: KeyStore | None = None, **kwargs: 
             f"{path} lacks the weights {', '.join(sorted(report['missing_keys']))}; save the model again"
         )
     model.eval()
-    memory = attach_settings(model, settings, store)
+    memory = attach_settings(model, settings, opened_store(store))
     names = [name for name in report["unexpected_keys"] if name.startswith(f"{SETTINGS}.")]
     load_gates(memory, _read(path, names))
     return model

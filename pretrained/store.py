@@ -1,13 +1,11 @@
-"""A durable memory: what a model keeps of documents it has read, in a folder that other runs load.
+"""A durable memory: what a model keeps of documents it has read, in a Lance dataset that other runs load.
 
-    STORE/
-      manifest.json                     what made it, which documents, every file's size and sha256, its own checksum
-      documents/<text digest>.safetensors   one file a document: token_ids, and keys and values of every layer
+The dataset is a folder of this machine, or lies at an address of an object store (`s3://bucket/store`). A row is a
+document: its name, the digest of its text, its tokens, and keys and values of every layer; see `store_rows`.
 
 Keys are of use only to the model, the tokenizer and the layers that made them, so a store says who made it and refuses
-everyone else. Every file is written whole or not at all, and the manifest last: a run that is killed leaves a store
-that opens, and loses at most the document it was reading. Documents of equal text share one file and are remembered
-once.
+everyone else. Every change is one commit, whole or not at all: a run that is killed leaves a store that opens, and
+loses at most the document it was reading. Documents of equal text share one row's keys and are remembered once.
 
 `MemoryStore` is the only reader and writer of these files.
 
@@ -18,159 +16,125 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
-import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import filelock
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from recollect.memory_backends.atomic import write_bytes, write_json
-from recollect.pretrained.records import LayerShape
+from recollect.memory_backends import lance_merging, lance_support
+from recollect.memory_backends.errors import CorruptMemory, InvalidInput, StoreMissing, WriteConflict
+from recollect.memory_backends.lance_places import Place, place_of
+from recollect.pretrained import store_rows
+from recollect.pretrained.records import KeyStore, LayerShape
+from recollect.pretrained.store_identity import (
+    StoredDocument,
+    StoreError,
+    StoreIdentity,
+    check_same,
+    digest_text,
+    listed,
+)
+from recollect.pretrained.store_rows import About, Row
 
-MANIFEST, DOCUMENTS, LOCK = "manifest.json", "documents", ".lock"
-FORMAT = "recollect-memory-store"
-VERSION = 1
-# Writing the manifest after every small document would cost more than reading the document.
-SECONDS_BETWEEN_MANIFESTS = 2.0
-
-
-class StoreError(ValueError):
-    """A memory store that cannot be read, or does not fit the model; the message names the reason and the remedy."""
-
-
-@dataclass(frozen=True)
-class StoreIdentity:
-    """What the keys of a store depend on; two that are equal can share a store.
-
-    Attributes:
-        model: the model's class or family, for people.
-        model_digest: of its weights and sizes.
-        tokenizer_digest: of everything that decides token ids.
-        layers: the memory layers, 0-based, rising.
-        heads: H.
-        head_dim: D.
-        key_form: what is kept as a key, in words, such as "before rotary position".
-        reading: how documents were read, in words, such as "windows of 512, 256 of them new".
-    """
-
-    model: str
-    model_digest: str
-    tokenizer_digest: str
-    layers: tuple[int, ...]
-    heads: int
-    head_dim: int
-    key_form: str
-    reading: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {**asdict(self), "layers": list(self.layers)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> StoreIdentity:
-        """The inverse of `to_dict`."""
-        return cls(**{**values, "layers": tuple(int(layer) for layer in values["layers"])})
-
-
-@dataclass(frozen=True)
-class StoredDocument:
-    """One document of a store: its name, the sha256 of its text, its tokens, and its file's size and sha256."""
-
-    name: str
-    text_digest: str
-    tokens: int
-    size: int
-    sha256: str
-
-
-def digest_text(text: str) -> str:
-    """The digest by which a document's text is known."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+LOCK = ".lock"
+FORMER_MANIFEST = "manifest.json"
+"""Of a store that an earlier release wrote as a folder of safetensors files."""
+SECONDS_FOR_READERS = 3600.0
+"""On an object store, where no lock says who reads: older versions than this go when a writer is done."""
 
 
 class MemoryStore:
     """The documents that a model has read, on disk. Made by `create`, read by `open`.
 
     Attributes:
-        path: its folder.
+        path: its folder, or its address on an object store.
         identity: what made it.
         source: what was memorized, as it was named.
     """
 
-    def __init__(
-        self, path: Path, identity: StoreIdentity, source: str, documents: Mapping[str, StoredDocument]
-    ) -> None:
-        self.path = path
-        self.identity = identity
-        self.source = source
-        self._documents = dict(documents)
-        self._written = 0.0
+    def __init__(self, place: Place, dataset: Any) -> None:
+        self._place = place
+        self.path: Path | str = place.path
+        self._show(dataset)
 
     # Making and opening
 
     @classmethod
-    def create(cls, path: str | Path, identity: StoreIdentity, *, source: str = "") -> MemoryStore:
-        """An empty store in a folder that is new or empty; raises StoreError where something lies there."""
-        path = Path(path).expanduser()
-        if path.exists() and (not path.is_dir() or any(entry.name != LOCK for entry in path.iterdir())):
-            raise StoreError(f"{path} is not empty: give a new folder, or the folder of a store to add to")
-        store = cls(path, identity, source, {})
-        store.flush()
+    def create(
+        cls,
+        path: str | Path,
+        identity: StoreIdentity,
+        *,
+        source: str = "",
+        storage_options: Mapping[str, str] | None = None,
+    ) -> MemoryStore:
+        """An empty store in a folder that is new or empty, or at an address where nothing lies.
+
+        Raises:
+            BackendUnavailable: pylance is not installed.
+            StoreError: something lies there.
+        """
+        lance_support.import_lance()
+        with _told():
+            place = place_of(path, storage_options)
+            folder = place.folder
+            if folder is not None and folder.exists():
+                if not folder.is_dir() or any(entry.name != LOCK for entry in folder.iterdir()):
+                    raise StoreError(f"{path} is not empty: give a new folder, or the folder of a store to add to")
+                (folder / LOCK).unlink(missing_ok=True)
+            return cls(place, lance_support.create_dataset(place, About(identity, source).schema_with_metadata))
+
+    @classmethod
+    def open(
+        cls, path: str | Path, *, verify: bool = True, storage_options: Mapping[str, str] | None = None
+    ) -> MemoryStore:
+        """Opens a store; `verify` reads it whole and compares every checksum, so that nothing fails hours later.
+
+        Raises:
+            BackendUnavailable: pylance is not installed.
+            StoreError: there is no store, a part is missing, cut short or altered, or an earlier release made it.
+            StoreUnreachable: the address does not answer.
+        """
+        lance_support.import_lance()
+        with _told():
+            place = place_of(path, storage_options)
+            if place.folder is not None and (place.folder / FORMER_MANIFEST).is_file():
+                raise StoreError(
+                    f"{path} was made by an earlier release, as a folder of safetensors files that this one does not "
+                    "read: make it again with `recollect memorize`, in a new folder"
+                )
+            try:
+                dataset = lance_support.open_dataset(place)
+            except StoreMissing as error:
+                raise StoreError(
+                    f"there is no memory store in {str(path)!r}: make one with `recollect memorize`"
+                ) from error
+            store = cls(place, dataset)
+        if verify:
+            with store._reading():
+                store_rows.check_rows(store._about, store._dataset, store._rows, place)
         return store
 
     @classmethod
-    def open(cls, path: str | Path, *, verify: bool = True) -> MemoryStore:
-        """Opens a store; `verify` reads every file and compares its checksum, so that nothing fails hours later.
-
-        Raises:
-            StoreError: there is no store, a file is missing, cut short or altered.
-        """
-        path = Path(path).expanduser()
-        content = _read_manifest(path)
+    def exists(cls, path: str | Path, *, storage_options: Mapping[str, str] | None = None) -> bool:
+        """Whether a store lies there, of whatever release; raises StoreUnreachable where an address does not answer."""
+        with _told():
+            place = place_of(path, storage_options)
+        if place.folder is not None:
+            return (place.folder / "_versions").is_dir() or (place.folder / FORMER_MANIFEST).is_file()
         try:
-            identity = StoreIdentity.from_dict(content["identity"])
-            documents = {name: StoredDocument(name=name, **entry) for name, entry in content["documents"].items()}
-            store = cls(path, identity, str(content["source"]), documents)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise StoreError(f"{path / MANIFEST} lacks what a store needs ({error!r}): make the store again") from error
-        for document in store._distinct():
-            store._check_file(document, whole=verify)
-        return store
+            lance_support.open_dataset(place)
+        except StoreMissing:
+            return False
+        return True
 
     def check(self, identity: StoreIdentity) -> None:
         """Raises StoreError with the reason if keys made under `identity` cannot be compared with this store's."""
-        mine, remedy = self.identity, "make a store for it with `recollect memorize`"
-        if identity.model_digest != mine.model_digest:
-            raise StoreError(
-                f"{self.path} was made by another model: {mine.model} {mine.model_digest[:12]}, and this one is "
-                f"{identity.model} {identity.model_digest[:12]}; {remedy}"
-            )
-        if identity.tokenizer_digest != mine.tokenizer_digest:
-            raise StoreError(
-                f"{self.path} was made with another tokenizer ({mine.tokenizer_digest[:12]}, this one is "
-                f"{identity.tokenizer_digest[:12]}); {remedy}"
-            )
-        foreign = [layer for layer in identity.layers if layer not in mine.layers]
-        if foreign:
-            raise StoreError(
-                f"{self.path} holds keys of layers {_list(mine.layers)}, and memory is wanted at {_list(foreign)}: "
-                f"attach memory at the store's layers, or {remedy}"
-            )
-        if (identity.heads, identity.head_dim) != (mine.heads, mine.head_dim):
-            raise StoreError(
-                f"{self.path} holds {mine.heads} heads of {mine.head_dim}, and this model has {identity.heads} of "
-                f"{identity.head_dim}; {remedy}"
-            )
-        if identity.key_form != mine.key_form:
-            raise StoreError(f"{self.path} keeps keys {mine.key_form!r}, not {identity.key_form!r}; {remedy}")
+        check_same(identity, self.identity, self.path)
 
     def check_tokenizer(self, tokenizer_digest: str) -> None:
         """Raises StoreError if the store's documents were cut into tokens by another tokenizer."""
@@ -199,24 +163,34 @@ class MemoryStore:
     # What is in it
 
     @property
+    def identity(self) -> StoreIdentity:
+        """What made it."""
+        return self._about.identity
+
+    @property
+    def source(self) -> str:
+        """What was memorized, as it was named."""
+        return self._about.source
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """The layers whose keys it holds."""
         return self.identity.layers
 
     def __len__(self) -> int:
-        return len(self._documents)
+        return len(self._rows)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._documents
+        return any(row.document.name == name for row in self._rows)
 
     @property
     def documents(self) -> tuple[StoredDocument, ...]:
         """Every document, in the order they were added."""
-        return tuple(self._documents.values())
+        return tuple(row.document for row in self._rows)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the documents whose tokens are remembered: of equal texts the first. `document_of` points here."""
+        """Names of the documents whose tokens are remembered, one of equal texts. `document_of` points here."""
         return tuple(document.name for document in self._distinct())
 
     @property
@@ -226,21 +200,26 @@ class MemoryStore:
 
     @property
     def size(self) -> int:
-        """Bytes of the documents' files."""
+        """Bytes of its token ids, keys and values."""
         return sum(document.size for document in self._distinct())
+
+    @property
+    def version(self) -> int:
+        """The dataset's version that it shows; every change makes one."""
+        return int(self._dataset.version)
 
     def layer_keys(self, layer: int) -> Tensor:
         """Keys (H, N, D) of a memory layer, document after document, in the type they were stored in."""
-        return self._joined(f"keys.{self._known(layer)}", 1)
+        return self._joined(f"keys_{self._known(layer)}")
 
     def layer_values(self, layer: int) -> Tensor:
         """Values (H, N, D), as `layer_keys`."""
-        return self._joined(f"values.{self._known(layer)}", 1)
+        return self._joined(f"values_{self._known(layer)}")
 
     @property
     def token_ids(self) -> Tensor:
         """(N,) int64."""
-        return self._joined("token_ids", 0).long()
+        return self._joined("token_ids")
 
     @property
     def document_of(self) -> Tensor:
@@ -258,24 +237,28 @@ class MemoryStore:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Holds the store for one writer; on leaving, by an error too, the manifest says what is there."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(self.path / LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            raise StoreError(f"{self.path} is being written by another process: wait for it to end") from error
-        try:
+        """Holds the store for one writer, and shows what is there now; on leaving, small files are merged.
+
+        On an object store, which has no locks, a second writer is noticed when it commits.
+        """
+        with contextlib.ExitStack() as held:
+            folder = self._place.folder
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = filelock.FileLock(folder / LOCK)
+                try:
+                    lock.acquire(timeout=0)
+                except filelock.Timeout as error:
+                    raise StoreError(f"{self.path} is being written by another process: wait for it to end") from error
+                held.callback(lock.release)
+            with _told():
+                self._show(lance_support.newest(self._place, self._dataset))
             yield
-            self._drop_strays()
-        finally:
-            try:
-                self.flush()
-            finally:
-                lock.release()
+            with _told():
+                self._tidy()
 
     def add(self, name: str, text_digest: str, token_ids: Tensor, layers: Mapping[int, tuple[Tensor, Tensor]]) -> None:
-        """Adds a document, or replaces the one of that name.
+        """Adds a document, or replaces the one of that name; it is durable when this returns.
 
         Args:
             name: unique in the store.
@@ -284,136 +267,191 @@ class MemoryStore:
             layers: for each memory layer its keys and values, each (H, n, D).
 
         Raises:
+            DiskFull: there is no room; the store is as it was.
             StoreError: the layers or shapes are not the store's, or a value is not finite.
         """
         wanted = (self.identity.heads, len(token_ids), self.identity.head_dim)
         if set(layers) != set(self.identity.layers):
-            raise StoreError(f"{name}: got layers {_list(sorted(layers))}, the store has {_list(self.identity.layers)}")
-        tensors = {"token_ids": token_ids.to("cpu", torch.int32).contiguous()}
+            raise StoreError(f"{name}: got layers {listed(sorted(layers))}, the store has {listed(self.layers)}")
         for layer, pair in layers.items():
             for kind, tensor in zip(("keys", "values"), pair, strict=True):
                 if tuple(tensor.shape) != wanted:
                     raise StoreError(f"{name}: {kind} of layer {layer} are {tuple(tensor.shape)}, want {wanted}")
                 if not bool(torch.isfinite(tensor).all()):
                     raise StoreError(f"{name}: {kind} of layer {layer} hold a number that is not finite")
-                tensors[f"{kind}.{layer}"] = tensor.detach().to("cpu").contiguous()
-        content = safetensors.torch.save(tensors, metadata={"format": FORMAT, "name": name})
-        write_bytes(self._file(text_digest), content)
-        self._documents[name] = StoredDocument(
-            name, text_digest, len(token_ids), len(content), hashlib.sha256(content).hexdigest()
-        )
-        if time.monotonic() - self._written > SECONDS_BETWEEN_MANIFESTS:
-            self.flush()
+        if self.link(name, text_digest):
+            return
+        self._settle_type(store_rows.dtype_of(layers, name), name)
+        row = self._row_of(name, StoredDocument(name, text_digest, len(token_ids), 0, ""), holds=True)
+        self._change([name], [store_rows.batch_of(self._about, row, token_ids, layers)])
 
     def link(self, name: str, text_digest: str) -> bool:
-        """Adds a document whose text the store knows under another name; False, and nothing else, if it does not."""
-        known = next((d for d in self._documents.values() if d.text_digest == text_digest), None)
-        if known is not None:
-            self._documents[name] = StoredDocument(name, text_digest, known.tokens, known.size, known.sha256)
-        return known is not None
+        """Adds a document whose text the store knows already; False, and nothing else, if it does not."""
+        known = next((row for row in self._rows if row.document.text_digest == text_digest), None)
+        if known is None:
+            return False
+        if not any(row.document.name == name and row.document.text_digest == text_digest for row in self._rows):
+            row = self._row_of(name, dataclasses.replace(known.document, name=name), holds=False)
+            self._change([name], [store_rows.batch_of(self._about, row, None, None)])
+        return True
 
     def remove(self, names: Iterable[str]) -> None:
-        """Forgets documents; their files go when no other document has that text, after the manifest is written."""
-        for name in names:
-            del self._documents[name]
-        self.flush()
-        self._drop_strays()
-
-    def flush(self) -> None:
-        """Writes the manifest."""
-        content = {
-            "format": FORMAT,
-            "version": VERSION,
-            "source": self.source,
-            "identity": self.identity.to_dict(),
-            "documents": {
-                document.name: {key: value for key, value in asdict(document).items() if key != "name"}
-                for document in self._documents.values()
-            },
-        }
-        write_json(self.path / MANIFEST, {**content, "checksum": _checksum(content)})
-        self._written = time.monotonic()
+        """Forgets documents; their keys go when no other document has that text."""
+        gone = list(names)
+        for name in gone:
+            if name not in self:
+                raise KeyError(name)
+        if gone:
+            self._change(gone, [])
 
     # Inside
 
-    def _file(self, text_digest: str) -> Path:
-        return self.path / DOCUMENTS / f"{text_digest}.safetensors"
+    def _show(self, dataset: Any) -> None:
+        self._dataset = dataset
+        self._about = About.read(dataset, self._place)
+        self._rows = lance_support.ask(self._place, "read", lambda: store_rows.read_rows(self._about, dataset))
 
     def _distinct(self) -> list[StoredDocument]:
         """One document for each text."""
-        first: dict[str, StoredDocument] = {}
-        for document in self._documents.values():
-            first.setdefault(document.text_digest, document)
-        return list(first.values())
-
-    def _drop_strays(self) -> None:
-        """Removes files of documents that the manifest no longer names, such as those of a run that was killed."""
-        kept = {self._file(document.text_digest) for document in self._documents.values()}
-        for file in (self.path / DOCUMENTS).glob("*"):
-            if file not in kept:
-                file.unlink(missing_ok=True)
+        return [row.document for row in self._rows if row.holds]
 
     def _known(self, layer: int) -> int:
-        if layer not in self.identity.layers:
-            raise StoreError(f"{self.path} has no layer {layer}: it holds layers {_list(self.identity.layers)}")
+        if layer not in self.layers:
+            raise StoreError(f"{self.path} has no layer {layer}: it holds layers {listed(self.layers)}")
         return layer
 
-    def _joined(self, tensor: str, dim: int) -> Tensor:
-        parts = [self._tensor(document, tensor) for document in self._distinct()]
-        if parts:
-            return torch.cat(parts, dim)
-        empty = torch.zeros(self.identity.heads, 0, self.identity.head_dim)
-        return empty if dim else torch.zeros(0, dtype=torch.int64)
+    def _joined(self, column: str) -> Tensor:
+        with self._reading():
+            return store_rows.read_joined(self._about, self._dataset, self._rows, column, self._place)
 
-    def _tensor(self, document: StoredDocument, name: str) -> Tensor:
-        file = self._file(document.text_digest)
+    def _row_of(self, name: str, document: StoredDocument, *, holds: bool) -> Row:
+        """A new row; its place in the order is that of the document that it replaces, else the last."""
+        number = next((row.number for row in self._rows if row.document.name == name), None)
+        last = max((row.number for row in self._rows), default=-1)
+        return Row(self._about.next_row, last + 1 if number is None else number, document, holds)
+
+    def _settle_type(self, dtype: str, name: str) -> None:
+        """Fixes the type of keys and values with the first document, and holds the others to it."""
+        if self._about.dtype == dtype:
+            return
+        if self._rows:
+            raise StoreError(
+                f"{name}: its keys are {dtype}, and {self.path} holds {self._about.dtype}: run the model in that type, "
+                "or make a new store"
+            )
+        with _told():
+            self._commit(dataclasses.replace(self._about, dtype=dtype, gone=()), [])
+
+    def _change(self, names: list[str], batches: list[tuple[Any, Row]]) -> None:
+        """Replaces documents by others in one commit; keys whose text another document has are handed on to it."""
+        with _told():
+            going = [row for row in self._rows if row.document.name in names]
+            heirs = self._heirs(going, self._about.next_row + len(batches))
+            new = [*batches, *((batch, row) for batch, row, _ in heirs)]
+            leaving = {row.row for row in (*going, *(former for _, _, former in heirs))}
+            about = dataclasses.replace(
+                self._about,
+                next_row=self._about.next_row + len(new),
+                gone=(*self._about.gone, *sorted(leaving)),
+            )
+            fragments = []
+            if new:
+                size = sum(row.document.size for _, row in new)
+                fragments = lance_support.write_rows(
+                    self._place, self._dataset, [batch for batch, _ in new], about.schema, size=size
+                )
+            rows = [*(row for row in self._rows if row.row not in leaving), *(row for _, row in new)]
+            try:
+                self._commit(about, [*self._fragments(), *fragments], rows)
+            except StoreError:
+                lance_support.drop_rows(self._place, fragments)
+                raise
+            self._merge_small()
+
+    def _heirs(self, going: list[Row], next_row: int) -> list[tuple[Any, Row, Row]]:
+        """For each text whose keys would go while another document has it: that document's new row, and its former."""
+        staying = [row for row in self._rows if row not in going]
+        found: list[tuple[Any, Row, Row]] = []
+        for row in (row for row in going if row.holds):
+            heir = next((other for other in staying if other.document.text_digest == row.document.text_digest), None)
+            if heir is not None:
+                (batch,) = self._dataset.scanner(filter=f"row = {row.row}").to_batches()
+                new = dataclasses.replace(heir, row=next_row + len(found), holds=True)
+                found.append((store_rows.renamed(batch, new), new, heir))
+        return found
+
+    def _fragments(self) -> list[Any]:
+        return [fragment.metadata for fragment in self._dataset.get_fragments()]
+
+    def _commit(self, about: About, fragments: list[Any], rows: list[Row] | None = None) -> None:
+        """The next version; refused where another writer has made one."""
         try:
-            with safetensors.safe_open(file, framework="pt") as opened:
-                tensor: Tensor = opened.get_tensor(name)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise StoreError(f"{file} cannot be read ({error}): {_REPAIR}") from error
-        if tensor.shape[0 if name == "token_ids" else 1] != document.tokens:
-            raise StoreError(f"{file} holds another number of tokens than the manifest says: {_REPAIR}")
-        return tensor
+            self._dataset = lance_support.commit_only(self._place, self._dataset, about.schema_with_metadata, fragments)
+        except WriteConflict as error:
+            raise StoreError(
+                f"{self.path} is being written by another process: wait for it to end and run the same command again"
+            ) from error
+        self._about = about
+        if rows is not None:
+            self._rows = sorted(rows, key=lambda row: row.number)
 
-    def _check_file(self, document: StoredDocument, *, whole: bool) -> None:
-        file = self._file(document.text_digest)
-        if not file.is_file():
-            raise StoreError(f"the document {document.name!r} of {self.path} is gone ({file.name}): {_REPAIR}")
-        size = file.stat().st_size
-        if size != document.size:
-            what = "cut short" if size < document.size else "altered"
-            raise StoreError(f"{file} is {what}: {size} bytes, and the manifest says {document.size}; {_REPAIR}")
-        if whole:
-            with file.open("rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
-            if found != document.sha256:
-                raise StoreError(f"{file} was altered: its checksum is not the manifest's; {_REPAIR}")
+    def _merge_small(self) -> None:
+        run = lance_merging.run_to_merge(self._fragments())
+        if run:
+            self._rewrite(self._dataset.get_fragments()[-run:])
+
+    def _rewrite(self, fragments: list[Any]) -> None:
+        """Puts the documents of some fragments into fewer and larger ones; rows that are gone stay behind."""
+        if not fragments:
+            return
+        about, dataset = self._about, self._dataset
+        left = {row for fragment in fragments for row in store_rows.rows_in(fragment)} & set(about.gone)
+        names = list(about.schema.names)
+        merged = lance_merging.merge(
+            self._place,
+            dataset,
+            fragments,
+            lambda run: store_rows.scan(about, dataset, names, self._rows, run),
+            about.schema,
+        )
+        gone = tuple(row for row in about.gone if row not in left)
+        self._commit(dataclasses.replace(about, gone=gone), merged.in_place_of(self._fragments()))
+
+    def _tidy(self) -> None:
+        """Gives back the room of what was removed, and of what killed writers and older versions left."""
+        gone = set(self._about.gone)
+        if gone:
+            self._rewrite([each for each in self._dataset.get_fragments() if store_rows.rows_in(each) & gone])
+        local = self._place.folder is not None
+        dataset = self._dataset
+        lance_support.ask(
+            self._place,
+            "tidy",
+            lambda: dataset.cleanup_old_versions(
+                older_than=timedelta(seconds=1e-6 if local else SECONDS_FOR_READERS),
+                delete_unverified=local,  # here the lock says that nobody else is writing
+                error_if_tagged_old_versions=False,
+            ),
+        )
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        with _told(), lance_support.told(self._place, "read"):
+            yield
 
 
-_REPAIR = "copy the store again, or make it anew with `recollect memorize`"
+def opened_store(store: KeyStore | str | Path | None) -> KeyStore | None:
+    """A store as it was given, or the one that lies at the path or address that was given."""
+    return MemoryStore.open(store) if isinstance(store, str | Path) else store
 
 
-def _list(layers: Iterable[int]) -> str:
-    return ", ".join(str(layer) for layer in layers) or "none"
-
-
-def _checksum(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / MANIFEST
-    if not file.is_file():
-        raise StoreError(f"there is no memory store in {str(path)!r}: make one with `recollect memorize`")
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Raises what is wrong with a store as StoreError; no room and no answer stay what they are."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise StoreError(f"{file} is cut short or not JSON ({error}): {_REPAIR}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise StoreError(f"{file} is of another program: its format is not {FORMAT!r}")
-    if content.get("version") != VERSION:
-        raise StoreError(f"{file} has version {content.get('version')!r}; this release reads version {VERSION}")
-    if content.pop("checksum", None) != _checksum(content):
-        raise StoreError(f"{file} was altered: its checksum does not hold; {_REPAIR}")
-    return content
+        yield
+    except (StoreMissing, CorruptMemory, WriteConflict, InvalidInput) as error:
+        raise StoreError(str(error)) from error
+
+
+__all__ = ["MemoryStore", "StoreError", "StoreIdentity", "StoredDocument", "digest_text", "opened_store"]

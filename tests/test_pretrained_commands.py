@@ -125,7 +125,7 @@ def test_user_errors_are_messages(folder: Path) -> None:
     assert "only one of them" in told("generate")
     assert "both name a model" in told("evaluate", "--model", "checkpoint", "--checkpoint", "checkpoint")
     assert "no backend 'exat'" in told("inspect", "--backend", "exat")
-    victim = next((folder / "store" / "documents").iterdir())
+    victim = max((folder / "store" / "data").iterdir(), key=lambda file: file.stat().st_size)
     whole = victim.read_bytes()
     victim.write_bytes(whole[:-8])
     try:
@@ -144,7 +144,7 @@ def test_a_killed_run_leaves_a_store_that_goes_on(folder: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
     )
-    documents = folder / "killed" / "documents"
+    documents = folder / "killed" / "data"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and (not documents.is_dir() or len(list(documents.iterdir())) < 5):
         time.sleep(0.01)

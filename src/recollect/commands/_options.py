@@ -37,7 +37,8 @@ ModelOption = Annotated[
     typer.Option("--model", help="Folder of a Hugging Face model or of a checkpoint. Default: the shipped model."),
 ]
 StoreOption = Annotated[
-    Path | None, typer.Option("--store", help="Memory store that `recollect memorize` made with this model.")
+    str | None,
+    typer.Option("--store", help="Memory store that `recollect memorize` made with this model: a folder, or s3://..."),
 ]
 LayersOption = Annotated[
     str | None,

@@ -14,7 +14,10 @@ from recollect.commands._values import layers_of
 
 def memorize(
     path: Annotated[Path, typer.Argument(help="A codebase or folder of documents, a text file, or JSON lines.")],
-    output: Annotated[Path, typer.Option("--output", help="Folder of the store; an earlier run in it goes on.")],
+    output: Annotated[
+        str,
+        typer.Option("--output", help="Folder of the store, or s3://bucket/store; an earlier run in it goes on."),
+    ],
     model: Annotated[
         str,
         typer.Option("--model", help="Folder of a Hugging Face model or of a checkpoint, or `reference`."),
@@ -41,6 +44,8 @@ def memorize(
         recollect memorize src --output out/store --update
 
         recollect memorize papers --model my-llama --layers 12 --output out/papers
+
+        recollect memorize papers --output s3://bucket/papers
     """
     from recollect.pretrained.memorizing import memorize as run
 
