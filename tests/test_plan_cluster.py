@@ -111,8 +111,9 @@ class TestBytes:
         assert moved.queries == 8 * 512 * 64 * 4
         assert moved.answers == 6 * 8 * 512 * 32 * 8
         assert moved.keys == 8 * 256 * 64 * 4
-        assert moved.between_processes == 6 * moved.queries + moved.answers + moved.keys
-        assert moved.sent == 3 * moved.queries + moved.keys
+        assert moved.counts == 8 * 6 * 24
+        assert moved.between_processes == 6 * moved.queries + moved.answers + moved.keys + moved.counts
+        assert moved.sent == 3 * moved.queries + moved.keys + moved.counts
         assert moved.received == moved.answers
 
     def test_slots_beyond_two_thousand_million_keys_take_eight_bytes(self) -> None:

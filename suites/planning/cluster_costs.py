@@ -123,7 +123,7 @@ class ClusterCosts:
 
     Attributes:
         machine, libraries, threads, commit, date: as of a calibration.
-        process_bytes: main memory of a shard's process without keys.
+        process_bytes: main memory of a shard's process at work, without the keys.
         points: calls.
         recovered: a killed shard.
         shipped: whether they came with the package.

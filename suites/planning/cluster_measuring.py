@@ -26,7 +26,7 @@ from recollect.memory_backends.registry import check_available
 from ..environment import usable_cores
 from ..noise import REFERENCE, describe_reference, interleave
 from .amounts import PlanError
-from .cluster_bytes import moved_by_step
+from .cluster_bytes import FLOAT_BYTES, moved_by_step
 from .cluster_costs import CallPoint, ClusterCosts, Recovered, conditions
 from .measuring import threads_set
 
@@ -36,6 +36,8 @@ SHARD_KEYS = 256
 ROUNDS = 24
 APPENDS = 32
 """Appends in a row, of which each takes its share: they are sent and not waited for."""
+WORKING_KEYS = 65_536
+"""Of the shard whose process' main memory is looked at: enough for whatever a search of many keys loads."""
 RECOVERED_KEYS = 200_000
 RECOVERED_DIM = 64
 DEADLINE_SECONDS = 120.0
@@ -177,7 +179,7 @@ def _append_point(shape: Shape, rounds: int) -> CallPoint:
         for call in calls.values():
             call()
         times = interleave(calls, rounds=max(3, rounds // 4))
-    size = shape.memories * shape.count * shape.dim * 4
+    size = shape.memories * shape.count * shape.dim * FLOAT_BYTES
     each_call = {name: [milliseconds / APPENDS for milliseconds in of] for name, of in times.items()}
     each_call[REFERENCE] = times[REFERENCE]
     return _point("append", shape, each_call, each=0, once=size, k=0)
@@ -200,12 +202,16 @@ def _point(kind: str, shape: Shape, times: dict[str, list[float]], *, each: int,
 
 
 def _process_bytes() -> int:
-    """Main memory of a shard's process that holds next to nothing, in Ray started anew."""
+    """Main memory of a shard's process at work, less the keys that it holds, in Ray started anew."""
     shape = Shape(1)
-    with _sharded(shape, 1) as memory:
-        memory.add(draw(shape, 1, 0))
+    with _sharded(shape, WORKING_KEYS) as memory:
+        memory.add(draw(shape, WORKING_KEYS, 0))
+        for seed in range(4):
+            memory.search(draw(shape, shape.count, seed), shape.k)
+            memory.add(draw(shape, shape.count, seed))
         memory.search(draw(shape, 1, 1), 1)
-        return int(psutil.Process(_process_of(memory, 0)).memory_full_info().uss)
+        held = WORKING_KEYS * shape.dim * FLOAT_BYTES
+        return int(psutil.Process(process_of(memory, 0)).memory_full_info().uss) - held
 
 
 def _recovered(keys: int) -> Recovered:
@@ -217,7 +223,7 @@ def _recovered(keys: int) -> Recovered:
             memory.add(draw(shape, min(8192, keys - start), start))
         memory.wait()
         before = after = memory.search(queries, 8)
-        os.kill(_process_of(memory, 0), signal.SIGKILL)
+        os.kill(process_of(memory, 0), signal.SIGKILL)
         # A search that comes before the process has ended is still answered by it.
         until = time.monotonic() + DEADLINE_SECONDS
         while not memory.recoveries and time.monotonic() < until:  # type: ignore[attr-defined]
@@ -237,7 +243,7 @@ def _recovered(keys: int) -> Recovered:
         )
 
 
-def _process_of(memory: Any, shard: int) -> int:
+def process_of(memory: Any, shard: int) -> int:
     """The process that holds a shard."""
     import ray
 
