@@ -2,9 +2,9 @@
 
     python benchmarks/durability.py [--keys 8192 100000] [--uri http://localhost:19530] [--only lance milvus ...]
 
-One thread, keys of dimension 64, steps of 512 keys, searches for 512 queries, 32 neighbours. Each is loaded with all
-keys at once; then all of them append and search in turns, in rounds, so that a disturbance meets them all. What can be
-found again is closed, opened and compared: a key that is missing ends the run.
+One thread (a server has its own), keys of dimension 64, steps of 512 keys, searches for 512 queries, 32 neighbours.
+Each is loaded with all keys at once; then all of them append and search in turns, in rounds, so that a disturbance
+meets them all. What can be found again is closed, opened and compared: a key that is missing ends the run.
 
 | name | what it is |
 |---|---|
@@ -259,13 +259,16 @@ def show(results: list[dict[str, Any]], console: Console) -> None:
                 for what in ("append", "search")
             ]
             table.add_row(
-                row["name"] + (" (noisy)" if result["noisy"] else ""), str(row["keys"]),
+                row["name"], str(row["keys"]),
                 str(row["load_keys_per_second"]), f"{row['append_ms']:.2f}", ratios[0], f"{row['search_ms']:.1f}",
                 ratios[1], f"{row['recall']:.3f}",
                 "" if row["disk_bytes_per_key"] is None else f"{row['disk_bytes_per_key']:.0f}",
                 "" if row["reopen_seconds"] is None else f"{row['reopen_seconds']:.2f}",
             )  # fmt: skip
     console.print(table)
+    for result in results:
+        if result["noisy"]:
+            console.print(f"{result['keys']} keys: the machine was noisy; small differences mean nothing")
 
 
 def on_one_thread() -> None:

@@ -373,8 +373,12 @@ class Collections:
         seconds = self.connection.deadline + rows / 10_000
         self.connection.call("write keys out", "flush", self.names[memory], seconds=seconds)
 
-    def wait(self, memory: int, rows: int) -> None:
-        """Returns when all rows are written out and indexed.
+    def wait(self, memory: int, rows: int, length: int) -> None:
+        """Returns when all rows are written out, indexed, and searched by their index.
+
+        Args:
+            rows: not written out yet, at most.
+            length: keys that the memory holds.
 
         Raises:
             MilvusUnavailable: for as long as the deadline nothing more was indexed.
@@ -391,8 +395,9 @@ class Collections:
             if state.get("state") == "Failed":
                 raise MilvusError(f"Milvus at {self.connection.where} can't index {name!r}; its log says why")
             pending = int(state.get("pending_index_rows", 0))
-            if state.get("state") == "Finished" and not pending:
-                return
+            # Until a server has noticed what was written out, it counts neither those rows nor any as pending.
+            if state.get("state") == "Finished" and not pending and int(state.get("total_rows", length)) >= length:
+                break
             if pending != left:
                 left, since = pending, time.monotonic()
             if time.monotonic() - since > self.connection.deadline:
@@ -402,3 +407,5 @@ class Collections:
                     "raise deadline_seconds"
                 )
             time.sleep(POLL_SECONDS)
+        # The nodes that search take the indexed segments in place of their own rows when they next look, or are told.
+        self.connection.call("load a collection", "refresh_load", name)

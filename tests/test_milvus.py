@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import gc
+import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +20,7 @@ from recollect.memory_backends import milvus_connection as connecting
 from recollect.memory_backends.errors import (
     BackendUnavailable,
     CorruptMemory,
+    DiskFull,
     InvalidInput,
     InvalidSpec,
     StoreMissing,
@@ -260,6 +263,31 @@ def test_the_next_append_takes_the_place_of_one_that_failed(uri: str, monkeypatc
         assert torch.equal(memory.add(keys), oracle.add(keys))
         same_answers(memory, oracle)
     memory.close()
+
+
+def test_a_full_disk_loses_nothing(uri: str) -> None:
+    memory = make(uri, num_memories=1, capacity=8000)
+    oracle = exact(memory)
+    for one in (memory, oracle):
+        one.add(vectors(1, 500, D))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # no file may grow beyond it, which is told as full
+    try:
+        with pytest.raises(DiskFull, match="free some space"):
+            memory.add(vectors(1, 7000, D, seed=1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    same_answers(memory, oracle)
+    for one in (memory, oracle):
+        one.add(vectors(1, 100, D, seed=2))
+    same_answers(memory, oracle)
+    # As after a kill: what was written before and after the disk was full is read from the log.
+    memory.connection.store.abandon()  # type: ignore[union-attr]
+    copy = shutil.copytree(uri, uri.replace("corpus", "copy"))
+    memory.close()
+    with make(str(copy), "existing=reuse", num_memories=1, capacity=8000) as again:
+        assert again.lengths.tolist() == [600]
+        same_answers(again, oracle)
 
 
 def test_a_reset_that_fails_is_made_up_for(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:

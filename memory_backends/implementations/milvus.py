@@ -159,7 +159,7 @@ class Milvus(MemoryBackend):
         self._sent = [0] * self.num_memories
         """Of each memory: no key of this number or a later one has been sent to Milvus."""
         self._unwritten = [0] * self.num_memories
-        """Of each memory: rows that Lite has not written out."""
+        """Of each memory: rows that were sent since it was last written out."""
         self._mending = threading.Lock()
         self._warned = False
         self.connection = Connection(
@@ -271,6 +271,7 @@ class Milvus(MemoryBackend):
                 self.collections.write(memory, Rows(alive, last, keys, norms))
             if len(alive) < len(slots):
                 self.collections.delete(memory, slots[slots >= length])
+            self._unwritten[memory] += len(slots)
             if self.connection.lite:
                 self._flush(memory)  # a log that was cut off half way in a row is not written on
         self._sent[memory] = total
@@ -297,8 +298,8 @@ class Milvus(MemoryBackend):
                 if self._sent[memory] > int(self.ring.totals[memory]):
                     self._mend(memory)
                 rows, self._unwritten[memory] = self._unwritten[memory], 0
-            if self._sent[memory]:
-                self.collections.wait(memory, rows)
+            if rows or (self._sent[memory] and self.connection.lite):
+                self.collections.wait(memory, rows, int(self.ring.lengths[memory]))
 
     # Ending -----------------------------------------------------------------------------------------------------------
 
