@@ -312,6 +312,21 @@ class KeyLog:
         self._rewrite(wasteful)
         self._clean(keep_seconds, alone=alone)
 
+    # Versions that stay -----------------------------------------------------------------------------------------------
+
+    def keep(self, name: str) -> None:
+        """Gives the version that it shows a name, under which it stays whatever is pruned."""
+        lance_support.ask(self.place, "name a version of", lambda: self._dataset.tags.create(name, self.version))
+
+    def give_up(self, name: str) -> None:
+        """Takes a name back: the version goes when the log is pruned."""
+        lance_support.ask(self.place, "give up a version of", lambda: self._dataset.tags.delete(name))
+
+    def kept(self) -> dict[str, int]:
+        """The versions that stay, by name."""
+        tags = lance_support.ask(self.place, "read", self._dataset.tags.list)
+        return {name: int(tag["version"]) for name, tag in tags.items()}
+
     # Reading it -------------------------------------------------------------------------------------------------------
 
     def read(

@@ -31,15 +31,27 @@ if TYPE_CHECKING:
         OverBudget,
         Requirement,
         SearchResult,
+        StoreMissing,
+        StoreUnreachable,
         UnknownBackend,
         UnsupportedOperation,
         UnusableMemory,
+        WriteConflict,
         backend_names,
         canonical_spec,
         describe_backend,
         list_backends,
         load_backend,
         make_backend,
+    )
+    from recollect.memory_backends.key_log import (
+        KeyLog,
+    )
+    from recollect.memory_backends.snapshots import (
+        forget_snapshot,
+        list_snapshots,
+        restore_memory,
+        snapshot_memory,
     )
     from recollect.model.ann_benchmarks import (
         AnnBenchmark,
@@ -242,9 +254,11 @@ _PUBLIC: dict[str, str] = {
     "recollect.memory_backends": (
         "BackendInfo BackendUnavailable BuildFailed Capabilities ClosedMemory CorruptMemory DiskFull InvalidInput "
         "InvalidSpec MemoryBackend MemoryBackendError MemoryStats NotFinite OptionInfo OutOfMemory OverBudget "
-        "Requirement SearchResult UnknownBackend UnsupportedOperation UnusableMemory backend_names "
-        "canonical_spec describe_backend list_backends load_backend make_backend"
+        "Requirement SearchResult StoreMissing StoreUnreachable UnknownBackend UnsupportedOperation UnusableMemory "
+        "WriteConflict backend_names canonical_spec describe_backend list_backends load_backend make_backend"
     ),
+    "recollect.memory_backends.key_log": "KeyLog",
+    "recollect.memory_backends.snapshots": "forget_snapshot list_snapshots restore_memory snapshot_memory",
     "recollect.model.ann_benchmarks": "AnnBenchmark load_ann_benchmarks",
     "recollect.model.checkpoints": "Checkpoint CheckpointError load_checkpoint reference_checkpoint save_checkpoint",
     "recollect.model.configuration": "ConfigurationError ModelConfig",
