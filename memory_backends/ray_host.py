@@ -11,15 +11,17 @@ Letters as in `base`; C is the shard's own capacity.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import pickle
 import platform
 import tempfile
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +34,9 @@ from recollect.memory_backends.registry import make_backend
 from recollect.memory_backends.sharding import Share
 
 SMALL_SLOTS = 2**31
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,13 @@ class Filled:
     keys: int
     reached: int
     done: bool
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What a call failed with in the shard. Not raised there: Ray prints errors that nobody came back for."""
+
+    error: Exception
 
 
 @dataclass(frozen=True)
@@ -196,10 +208,27 @@ class Shard:
         return int(self.backend.lengths.sum())
 
 
+def told(method: Callable[Concatenate[Any, Parameters], Result]) -> Callable[Concatenate[Any, Parameters], Any]:
+    """A method that answers with `Failed` instead of raising."""
+
+    @functools.wraps(method)
+    def wrapped(self: Any, *arguments: Parameters.args, **named: Parameters.kwargs) -> Result | Failed:
+        try:
+            return method(self, *arguments, **named)
+        except Exception as error:
+            try:
+                pickle.loads(pickle.dumps(error))
+            except Exception:  # some libraries' errors cannot travel; what they say can
+                return Failed(RuntimeError(f"{type(error).__name__}: {error}"))
+            return Failed(error)
+
+    return wrapped
+
+
 class ShardHost:
     """The process of the shards number s of any number of memories; every method is called from another process.
 
-    Each answers with what it says, or with `Refused`.
+    Each answers with what it says, or with `Refused`, or with `Failed`.
     """
 
     def __init__(self) -> None:
@@ -212,6 +241,7 @@ class ShardHost:
         """Which process this is, and on which machine it says that it runs."""
         return {"pid": os.getpid(), "machine": platform.node(), "epoch": self.epoch, "shards": len(self.shards)}
 
+    @told
     def make(self, name: str, about: ShardAbout) -> str:
         """Makes an empty shard, in place of one of the same name; answers with the epoch of this process."""
         self.forget(name)
@@ -224,6 +254,7 @@ class ShardHost:
         if shard is not None:
             shard.backend.close()
 
+    @told
     def add(self, name: str, expected: Expected, *groups: Group) -> Refused | int:
         """Appends keys; answers with the number of keys alive in the shard."""
         shard = self._shard(name, expected)
@@ -240,6 +271,7 @@ class ShardHost:
                 shard.add(group)
         return shard.held()
 
+    @told
     def fill(self, name: str, expected: Expected, uri: str, memory: int, share: Share) -> Refused | Filled:
         """Takes the next keys of a memory from a log; called again until that has no more."""
         shard = self._shard(name, expected)
@@ -249,6 +281,7 @@ class ShardHost:
         with self._threads(shard):
             return shard.fill(uri, memory, share)
 
+    @told
     def gather(
         self, name: str, expected: Expected, memories: NDArray[np.int64], slots: NDArray[np.int64], share: Share
     ) -> Refused | NDArray[np.float32]:
@@ -259,6 +292,7 @@ class ShardHost:
         with self._threads(shard):
             return shard.gather(torch.from_numpy(memories), torch.from_numpy(slots), share)
 
+    @told
     def reset(self, name: str, expected: Expected, memories: NDArray[np.int64]) -> Refused | int:
         """Empties memories; answers as `add`."""
         shard = self._shard(name, expected)
@@ -274,6 +308,7 @@ class ShardHost:
         shard.bases[which] = 0
         return shard.held()
 
+    @told
     def search(
         self,
         name: str,
@@ -301,6 +336,7 @@ class ShardHost:
         with self._threads(shard):
             return shard.search(memories, queries, k)
 
+    @told
     def set_search_options(self, name: str, expected: Expected, options: Mapping[str, Any]) -> Refused | None:
         """Changes search options of the shard's backend."""
         shard = self._shard(name, expected)
@@ -311,6 +347,7 @@ class ShardHost:
             shard.backend.set_search_options(**options)
         return None
 
+    @told
     def stats(self, name: str, expected: Expected) -> Refused | dict[str, Any]:
         """Keys, bytes and times of the shard's backend."""
         shard = self._shard(name, expected)
@@ -327,6 +364,7 @@ class ShardHost:
             "threads": shard.threads,
         }
 
+    @told
     def wait(self, name: str, expected: Expected) -> Refused | None:
         """Takes in what was built in the background; for when nothing is being built any more."""
         shard = self._shard(name, expected)
@@ -336,6 +374,7 @@ class ShardHost:
             shard.backend.wait()
         return None
 
+    @told
     def index_files(self, name: str, expected: Expected) -> Refused | tuple[list[int], dict[str, bytes]]:
         """The index as its backend saves it, without keys: the bases, and the contents of files by relative path."""
         shard = self._shard(name, expected)
@@ -346,6 +385,7 @@ class ShardHost:
             files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
             return shard.bases.tolist(), {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
+    @told
     def restore(self, name: str, expected: Expected, files: Mapping[str, bytes]) -> Refused | int:
         """Brings an index back, once the shard that was made with `bases` has got its keys; answers as `add`."""
         shard = self._shard(name, expected)
@@ -394,4 +434,4 @@ def group_of(memories: Tensor, before: Tensor, start: Tensor, keys: Tensor) -> G
     return Group(memories.numpy(), before.numpy(), start.numpy(), np.ascontiguousarray(keys.numpy()))
 
 
-__all__ = ["Expected", "Group", "Refused", "ShardAbout", "ShardHost", "group_of"]
+__all__ = ["Expected", "Failed", "Filled", "Group", "Refused", "ShardAbout", "ShardHost", "group_of"]

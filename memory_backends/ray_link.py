@@ -23,7 +23,7 @@ from torch import Tensor
 from recollect.memory_backends.errors import CorruptMemory, MemoryBackendError, OutOfMemory, Unreachable
 from recollect.memory_backends.key_ring import KeyRing
 from recollect.memory_backends.out_of_memory import as_out_of_memory, ran_out
-from recollect.memory_backends.ray_host import Expected, Filled, Group, Refused, ShardAbout, group_of
+from recollect.memory_backends.ray_host import Expected, Failed, Filled, Group, Refused, ShardAbout, group_of
 from recollect.memory_backends.ray_session import Host
 from recollect.memory_backends.ray_store import StoreRing
 from recollect.memory_backends.sharding import Share
@@ -286,7 +286,7 @@ class ShardLink:
             self.lost(error, taken[0].since)
             return
         for answer, one in zip(answers, taken, strict=True):
-            if isinstance(answer, Refused):
+            if isinstance(answer, Refused | Failed):
                 self.lost(answer, one.since)
                 return
             if isinstance(answer, Filled):
@@ -312,10 +312,10 @@ class ShardLink:
 
         making, self._making = self._making, None
         try:
-            self.epoch = ray.get(making)
+            answer = ray.get(making)
         except Exception as error:
             self._retry_at = time.monotonic() + RETRY_SECONDS
-            if not came_from_ray(error) or getattr(error, "actor_init_failed", False):
+            if getattr(error, "actor_init_failed", False):
                 self.failure = as_ours(error, self.where)
                 return
             self.away_because = in_words(error)
@@ -324,6 +324,11 @@ class ShardLink:
                 self._found_dead = 0
                 self.host.start()
             return
+        if isinstance(answer, Failed):
+            self._retry_at = time.monotonic() + RETRY_SECONDS
+            self.failure = as_ours(answer.error, self.where)
+            return
+        self.epoch = answer
         self._found_dead = self._changes = self._held = 0
         self.away_because = ""
         self.progress = time.monotonic()
@@ -349,16 +354,16 @@ class ShardLink:
             )
         )
 
-    def lost(self, why: BaseException | Refused | str, since: float) -> None:
+    def lost(self, why: BaseException | Refused | Failed | str, since: float) -> None:
         """Counts the shard as gone: an empty one will be made and filled.
 
         Args:
-            why: what was noticed. An error of the shard's backend is kept in `failure`.
+            why: what was noticed. What the shard's backend failed with is kept in `failure`.
             since: when the call was made that noticed it.
         """
         now = time.monotonic()
-        if isinstance(why, BaseException) and not came_from_ray(why):
-            self.failure = as_ours(why, self.where)
+        if isinstance(why, Failed):
+            self.failure = as_ours(why.error, self.where)
         self.away_because = in_words(why)
         self.forget()
         if self._mending is None:
@@ -420,8 +425,10 @@ def as_ours(error: BaseException, where: str) -> MemoryBackendError:
     return MemoryBackendError(f"{where} failed: {type(cause).__name__}: {cause}")
 
 
-def in_words(why: BaseException | Refused | str) -> str:
+def in_words(why: BaseException | Refused | Failed | str) -> str:
     """What was noticed, in a line."""
+    if isinstance(why, Failed):
+        why = why.error
     if isinstance(why, Refused):
         return why.why
     if isinstance(why, str):
@@ -433,8 +440,8 @@ def in_words(why: BaseException | Refused | str) -> str:
         return (
             f"its process cannot start: {lines[-1][:200]}" if why.actor_init_failed and lines else "its process ended"
         )
-    if isinstance(why, ray.exceptions.GetTimeoutError):
-        return "it did not answer in time"
+    if isinstance(why, ray.exceptions.ActorUnavailableError):
+        return "its process ended or cannot be reached"
     lines = [line.strip() for line in str(getattr(why, "cause", why)).splitlines() if line.strip()]
     return lines[0][:200] if lines else type(why).__name__
 

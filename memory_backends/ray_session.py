@@ -32,9 +32,11 @@ from recollect.memory_backends.ray_start import (
     environment,
     first_line,
     import_path,
+    innermost,
     knock,
     object_store_bytes,
     processes_of,
+    remedy,
     short_folder,
     usual_signals,
     watch,
@@ -42,11 +44,10 @@ from recollect.memory_backends.ray_start import (
 )
 
 LOCAL = "local"
+LOOPBACK = "127.0.0.1"
+"""An embedded Ray listens nowhere else."""
 START_SECONDS = 60.0
 """For Ray to start on this machine."""
-RECONNECT_SECONDS = 600
-"""For which a program outlives the head of its cluster. Ray ends it after 60 without a word otherwise, and every call
-here has a deadline and an error of its own."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,10 @@ class Placement:
 class Host:
     """A process that holds shards, which Ray starts again when it ends."""
 
-    def __init__(self, placement: Placement, index: int) -> None:
+    def __init__(self, placement: Placement, index: int, machines: tuple[str, ...]) -> None:
         self.placement = placement
         self.index = index
+        self.machines = machines
         self.users = 0
         self.actor: Any = None
         self.start()
@@ -82,11 +84,7 @@ class Host:
     def start(self) -> None:
         """Asks Ray for the process, without waiting for it; anew where Ray has given the former one up."""
         import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        strategy: Any = "SPREAD"
-        if not self.placement.spread:
-            strategy = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         self.actor = (
             ray.remote(ShardHost)
             .options(
@@ -97,10 +95,25 @@ class Host:
                 # finds out how it stands first.
                 max_restarts=-1,
                 max_task_retries=0,
-                scheduling_strategy=strategy,
+                scheduling_strategy=self._strategy(),
             )
             .remote()
         )
+
+    def _strategy(self) -> Any:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        # Nothing here asks the head: where that is gone, it would wait for it beyond any deadline.
+        asks = self.placement.cpus or self.placement.gpus or self.placement.resources
+        if self.placement.spread and asks:
+            return "SPREAD"
+        # What asks for nothing is put where Ray pleases, all on one machine: so they are dealt out here. Once that
+        # machine is gone, any other will do.
+        own = ray.get_runtime_context().get_node_id()
+        spread = self.placement.spread and self.machines
+        chosen = self.machines[self.index % len(self.machines)] if spread else own
+        return NodeAffinitySchedulingStrategy(chosen, soft=True)
 
     def end(self) -> None:
         """Ends the process for good."""
@@ -128,6 +141,8 @@ class Session:
         self._leases: set[Lease] = set()
         self.address: str | None = None
         """What was asked for by the memories that there are; None where there are none."""
+        self.machines: tuple[str, ...] = ()
+        """Of the cluster, when it was connected to."""
         self._connected = False
         """Whether the connection is this session's own, to be ended with the last memory."""
         self._folder: Path | None = None
@@ -166,7 +181,7 @@ class Session:
                 for index in range(shards):
                     host = self._hosts.get((placement, index))
                     if host is None:
-                        host = self._hosts[placement, index] = Host(placement, index)
+                        host = self._hosts[placement, index] = Host(placement, index, self.machines)
                     host.users += 1
                     lease.hosts.append(host)
             except BaseException:
@@ -240,6 +255,7 @@ class Session:
         self.address = address
         self._process = os.getpid()
         self._identity = _identity()
+        self.machines = tuple(sorted(node["NodeID"] for node in ray.nodes() if node["Alive"]))
 
     def _start(self) -> None:
         folder = Path(tempfile.mkdtemp(prefix="rcl-", dir=short_folder()))
@@ -271,6 +287,7 @@ class Session:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 object_store_memory=object_store_bytes(),
+                _node_ip_address=LOOPBACK,
                 _temp_dir=str(folder),
             )
 
@@ -283,7 +300,7 @@ class Session:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
 
         try:
-            with usual_signals(), environment(RAY_gcs_rpc_server_reconnect_timeout_s=str(RECONNECT_SECONDS)):
+            with usual_signals():
                 within(join, deadline)
         except TimeoutError:
             raise Unreachable(
@@ -294,8 +311,7 @@ class Session:
             with contextlib.suppress(Exception):
                 ray.shutdown()
             raise Unreachable(
-                f"Ray at address={address!r} does not take this program in: {first_line(error)}. This machine has to "
-                "be one of the cluster (`ray start --address=...` joins it), with the same versions of Ray and Python"
+                f"Ray at address={address!r} does not take this program in: {innermost(error)}. {remedy(error)}"
             ) from error
         self._connected = True
 

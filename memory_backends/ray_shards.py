@@ -15,10 +15,14 @@ from torch import Tensor
 
 from recollect.memory_backends.errors import Unreachable
 from recollect.memory_backends.key_ring import KeyRing
-from recollect.memory_backends.ray_host import Refused
-from recollect.memory_backends.ray_link import RETRY_SECONDS, Recovery, ShardLink, as_ours, came_from_ray
+from recollect.memory_backends.ray_host import Failed, Refused
+from recollect.memory_backends.ray_link import RETRY_SECONDS, Recovery, ShardLink, as_ours
 from recollect.memory_backends.ray_session import SESSION
+from recollect.memory_backends.ray_start import within
 from recollect.memory_backends.sharding import alike
+
+SECONDS_OF_HEAD = 3.0
+"""For the head of a cluster to say what there is, when an error is told."""
 
 
 class PartialAnswer(UserWarning):
@@ -173,9 +177,11 @@ class Shards:
         try:
             answer = ray.get(reference)
         except Exception as error:
-            if not came_from_ray(error) or isinstance(error, ray.exceptions.ObjectStoreFullError):
+            if isinstance(error, ray.exceptions.ObjectStoreFullError):
                 raise as_ours(error, link.where) from error
             answer = error
+        if isinstance(answer, Failed):
+            raise as_ours(answer.error, link.where) from answer.error
         with self._lock:
             lost = isinstance(answer, Exception | Refused)
             if link.epoch == epoch:  # another thread may have found out already
@@ -254,9 +260,11 @@ def _why_away(link: ShardLink) -> str:
             f"{link.away_because or 'it is being filled'}. No key is lost: {keys}. Wait longer with deadline_seconds, "
             "or let the others answer with partial=true"
         )
-    there = {
-        name: amount for name, amount in ray.cluster_resources().items() if not name.startswith(("node:", "object"))
-    }
+    try:
+        has = within(ray.cluster_resources, SECONDS_OF_HEAD)
+    except Exception:
+        return f"{link.away_because or 'Ray has found no place for it'}, and the head of the cluster does not answer"
+    there = {name: amount for name, amount in has.items() if not name.startswith(("node:", "object"))}
     return (
         f"{link.away_because or 'Ray has found no place for it'}. Each shard asks for {link.host.placement}, and the "
         f"cluster has {there} in all: ask for less, take fewer shards, or add machines"

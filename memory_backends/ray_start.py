@@ -154,6 +154,26 @@ def import_path() -> Iterator[None]:
             os.environ["PYTHONPATH"] = former
 
 
+def innermost(error: BaseException) -> str:
+    """What an error began with, in a line."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return first_line(error)
+
+
+def remedy(error: BaseException) -> str:
+    """What to do where a cluster does not take a program in."""
+    if "AuthToken" in innermost(error) or "AuthToken" in str(error):
+        return (
+            "The cluster asks for its token: set RAY_AUTH_MODE=token, and bring the token of its head to this machine "
+            "(`ray get-auth-token --generate`, see Ray's page on token authentication)"
+        )
+    return (
+        "This machine has to be one of the cluster (`ray start --address=...` joins it), with the same versions of Ray "
+        "and Python"
+    )
+
+
 def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__

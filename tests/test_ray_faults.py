@@ -20,7 +20,7 @@ import torch
 from recollect.memory_backends import InvalidInput, make_backend
 from recollect.memory_backends.errors import ClosedMemory, Unreachable
 from recollect.memory_backends.implementations.ray import Ray
-from recollect.memory_backends.ray_host import Expected, Group, Refused, ShardAbout, ShardHost, group_of
+from recollect.memory_backends.ray_host import Expected, Failed, Group, Refused, ShardAbout, ShardHost, group_of
 from recollect.memory_backends.ray_shards import PartialAnswer
 from recollect.memory_backends.testing import skip_unless_available, vectors
 
@@ -212,8 +212,9 @@ def test_an_append_that_fails_half_way_leaves_no_shard_that_passes_for_whole(mon
     about = ShardAbout("exact", {"num_memories": 2, "capacity": 20, "dim": D}, torch.get_num_threads())
     epoch = host.make("one", about)
     monkeypatch.setattr(host.shards["one"].backend, "_add", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
-    with pytest.raises(MemoryError):
-        host.add("one", Expected(epoch, 0), group(0, 5))
+    failed = host.add("one", Expected(epoch, 0), group(0, 5))
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, MemoryError)
     assert isinstance(host.add("one", Expected(epoch, 0), group(0, 5)), Refused)
 
 

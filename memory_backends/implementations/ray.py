@@ -363,9 +363,7 @@ def _threads(options: RayOptions, shards: int) -> dict[str, int]:
         return {"threads": int(options.cpus_per_shard)}
     if SESSION.embedded:
         return {"threads": max(1, torch.get_num_threads() // shards)}
-    import ray
-
-    machines = sum(1 for node in ray.nodes() if node["Alive"]) if options.placement == "spread" else 1
+    machines = len(SESSION.machines) if options.placement == "spread" else 1
     return {"threads": 0, "beside": -(-shards // max(1, machines))}
 
 
