@@ -41,7 +41,8 @@ from rich.table import Table
 from recollect.memory_backends import MemoryBackend, make_backend
 from recollect.memory_backends.atomic import write_json
 from recollect.memory_backends.rank_group import RankLost
-from recollect.memory_backends.rank_shards import part_capacity, step_bytes
+from recollect.memory_backends.rank_shards import step_bytes
+from recollect.memory_backends.sharding import Share
 from recollect.suites.environment import usable_cores
 from recollect.suites.noise import describe_reference, ratio_interval, reference_operation_ms
 from recollect.suites.provenance import describe
@@ -119,7 +120,7 @@ def measure(rank: int, ranks: int, way: str, arguments: argparse.Namespace, told
         appended=STEP,
         k=K,
         ranks=ranks,
-        part_length=part_capacity(arguments.keys, ranks, 0),
+        part_length=Share(arguments.keys, ranks, 0).size,
         shared=way == "shared",
     )
     reference = describe_reference(references)

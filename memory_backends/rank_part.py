@@ -13,7 +13,8 @@ from torch import Tensor
 
 from recollect.memory_backends.base import MemoryBackend, SearchResult
 from recollect.memory_backends.rank_group import RankGroup
-from recollect.memory_backends.rank_shards import Appended, alive_on, brought
+from recollect.memory_backends.rank_shards import Appended
+from recollect.memory_backends.sharding import Share
 
 
 class RankPart:
@@ -37,6 +38,7 @@ class RankPart:
         self.num_memories = num_memories
         self.capacity = capacity
         self.shared = shared
+        self.share = Share(capacity, ranks.size, ranks.rank)
         self.known = torch.zeros(1 if shared else ranks.size, num_memories, dtype=torch.int64)
 
     @property
@@ -56,7 +58,7 @@ class RankPart:
     def start_from(self, totals: Tensor) -> None:
         """Empties the part and takes memories to have been given `totals` (O, M) keys before the next ones."""
         self.backend.reset()
-        self.backend.ring.totals.copy_(self._brought(totals).flatten())
+        self.backend.ring.totals.copy_(self.share.count(totals).flatten())
 
     def take_in(self, rows: Tensor, mine: Appended, before: Tensor, after: Tensor) -> None:
         """Sends this rank's new keys where they belong, and appends those that belong here.
@@ -68,7 +70,7 @@ class RankPart:
         """
         lies_on = mine.ranks_of(self.capacity, self.ranks.size)
         first = torch.maximum(before, after - self.capacity)
-        arriving = self._brought(after) - self._brought(first)
+        arriving = self.share.count(after) - self.share.count(first)
         if self.shared:  # every rank was given the same keys
             taken = rows[(lies_on == self.ranks.rank).to(self.device)]
         else:
@@ -79,7 +81,7 @@ class RankPart:
             )
         # Keys that are evicted within this very call never come: the part goes on with the first one that does.
         skipped = (first > before).flatten()
-        self.backend.ring.totals[skipped] = self._brought(first).flatten()[skipped]
+        self.backend.ring.totals[skipped] = self.share.count(first).flatten()[skipped]
         counts = arriving.flatten()
         begins = counts.cumsum(0) - counts
         for count in counts.unique().tolist():
@@ -105,7 +107,8 @@ class RankPart:
         scores = torch.full(shape, -torch.inf, device=self.device)
         slots = torch.full(shape, -1, dtype=torch.int64, device=self.device)
         lengths = told[:, 0].clamp(max=self.capacity) * (told[:, 1] > 0)
-        each = min(k, int(alive_on(lengths.max(), size, 0)))
+        # No part of a memory is longer than that of the first rank.
+        each = min(k, Share(self.capacity, size, 0).count(int(lengths.max())))
         if not each or not queries.numel():
             return scores, slots
         packed = self._answer(self.ranks.gather(queries), each, told)
@@ -150,9 +153,6 @@ class RankPart:
         if self.backend._norms is not None:
             keys = keys * self.backend._norms[parts, places][:, None]
         return self.ranks.trade(keys, asked, sent)
-
-    def _brought(self, totals: Tensor) -> Tensor:
-        return brought(totals, self.capacity, self.ranks.size, self.ranks.rank)
 
 
 def _packed(found: SearchResult) -> Tensor:

@@ -1,10 +1,8 @@
-"""Which rank of a job holds which key: the arithmetic of memories whose keys are spread over the ranks.
+"""What of an append goes to which rank of a job, and what a step moves between the ranks.
 
-Letters as in `base`; W ranks, R one of them. Slot s of every memory lies on rank s mod W, as its slot s // W there. So
-the slots alive on a rank are the first ones of its part, and each part is itself a first-in first-out ring: of C slots
-a rank holds `part_capacity`, and a key is overwritten there exactly when it is in the whole memory.
-
-Each rank has M memories of its own, and a part of those of all ranks; or all ranks share M memories.
+Letters as in `base`; W ranks. Slots lie on ranks as they lie in shards (`sharding.Share`): slot s of every memory on
+rank s mod W, as its slot s // W there. Each rank has M memories of its own, and a part of those of all ranks; or all
+ranks share M memories.
 """
 
 from __future__ import annotations
@@ -18,22 +16,6 @@ SCORE_AND_SLOT_BYTES = 8
 """Of a neighbour on its way: a float32 and an int32."""
 REQUEST_BYTES = 8
 """Of a key that is asked for."""
-
-
-def part_capacity(capacity: int, ranks: int, rank: int) -> int:
-    """Slots of a memory that lie on a rank; 0 where the memory has fewer slots than there are ranks."""
-    return len(range(rank, capacity, ranks))
-
-
-def brought(numbers: Tensor, capacity: int, ranks: int, rank: int) -> Tensor:
-    """Of a memory's keys number 0 to n - 1 how many were brought to a rank; `numbers` n, int64, of any shape."""
-    turns, rest = numbers // capacity, numbers % capacity
-    return turns * part_capacity(capacity, ranks, rank) + (rest - rank + ranks - 1) // ranks
-
-
-def alive_on(lengths: Tensor, ranks: int, rank: int) -> Tensor:
-    """Of memories that hold `lengths` keys how many lie on a rank."""
-    return (lengths - rank + ranks - 1) // ranks
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from recollect.memory_backends import (
     make_backend,
 )
 from recollect.memory_backends.implementations.exact_ranks import ExactRanks
-from recollect.memory_backends.rank_shards import Appended, alive_on, brought, part_capacity, step_bytes
+from recollect.memory_backends.rank_shards import Appended, step_bytes
+from recollect.memory_backends.sharding import Share
 from recollect.memory_backends.testing import vectors
 
 M, D = 3, 8
@@ -43,14 +44,14 @@ HISTORIES = (
 class TestWhereKeysLie:
     @given(capacity=st.integers(1, 40), ranks=st.integers(1, 7), number=st.integers(0, 130))
     def test_every_slot_lies_on_one_rank_and_every_part_is_a_ring(self, capacity: int, ranks: int, number: int) -> None:
-        assert sum(part_capacity(capacity, ranks, rank) for rank in range(ranks)) == capacity
-        for rank in range(ranks):
+        parts = [Share(capacity, ranks, rank) for rank in range(ranks)]
+        assert sum(part.size for part in parts) == capacity
+        for rank, part in enumerate(parts):
             mine = [n for n in range(number) if n % capacity % ranks == rank]
-            size = part_capacity(capacity, ranks, rank)
-            assert brought(torch.tensor(number), capacity, ranks, rank) == len(mine)
-            assert alive_on(torch.tensor(min(number, capacity)), ranks, rank) == min(len(mine), size)
+            assert part.count(number) == part.count(torch.tensor(number)) == len(mine)
+            assert part.count(min(number, capacity)) == min(len(mine), part.size)
             # Where the part itself puts its i-th key is where the slot of the whole memory says.
-            assert [i % size for i in range(len(mine))] == [n % capacity // ranks for n in mine]
+            assert [i % part.size for i in range(len(mine))] == [n % capacity // ranks for n in mine]
 
     @given(
         counts=st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=1, max_size=4),

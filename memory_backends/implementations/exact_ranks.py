@@ -1,7 +1,7 @@
 """Exact search whose keys are spread over the ranks of a torch.distributed job: each holds one part of W.
 
 Every rank makes the memory with the same arguments and has M memories of its own (of its own batch rows); slot s of
-each lies on rank s mod W (`rank_shards`). A rank's part is an `exact` backend of W * M memories, which keeps, evicts
+each lies on rank s mod W (`sharding`). A rank's part is an `exact` backend of W * M memories, which keeps, evicts
 and searches them: nothing of a search is written here a second time.
 
     add          new keys go to the ranks where their slots lie; each rank sends (W - 1) / W of its keys
@@ -51,9 +51,10 @@ from recollect.memory_backends.rank_group import (
 )
 from recollect.memory_backends.rank_part import RankPart
 from recollect.memory_backends.rank_ring import CountedRing
-from recollect.memory_backends.rank_shards import Appended, part_capacity
+from recollect.memory_backends.rank_shards import Appended
 from recollect.memory_backends.records import MemoryStats
 from recollect.memory_backends.registry import make_backend
+from recollect.memory_backends.sharding import Share
 from recollect.memory_backends.spec import format_spec, make_options, options_given
 
 PART = "exact"
@@ -123,7 +124,7 @@ class ExactRanks(MemoryBackend):
         # What is not a whole number above 0 is for the base class to refuse.
         owners = 1 if getattr(options, "shared", False) else size
         parts = num_memories * owners if type(num_memories) is int else num_memories
-        slots = max(1, part_capacity(capacity, size, rank)) if type(capacity) is int and capacity > 0 else capacity
+        slots = max(1, Share(capacity, size, rank).size) if type(capacity) is int and capacity > 0 else capacity
         super().__init__(options, num_memories=parts, capacity=slots, dim=dim, metric=metric, device=device, seed=seed)
         self.ring.close()
         self.ranks: RankGroup | None = None
@@ -363,8 +364,11 @@ class ExactRanks(MemoryBackend):
         told = self._follow(ranks.agree(call, torch.cat((self.ring.totals, counts))), call, self.num_memories)
         with ranks.together():
             keys = self.spread.gather(wanted[order], told[:, self.num_memories :])
-            gathered = torch.zeros(*slots.shape, self.dim, device=self.device)
-            gathered[there] = keys[order.argsort()[places]]
+            # Where nothing is asked for, the row of zeros behind the others.
+            rows = torch.cat((keys, keys.new_zeros(1, self.dim)))
+            which_row = torch.full(there.shape, len(keys), device=self.device)
+            which_row[there] = order.argsort()[places]
+            gathered = rows.index_select(0, which_row.flatten()).view(*slots.shape, self.dim)
         return gathered
 
     # Files ------------------------------------------------------------------------------------------------------------
