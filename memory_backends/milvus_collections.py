@@ -182,7 +182,8 @@ class Collections:
                 if generation < max(found[memory]):
                     self._drop(older)
             if self._indexed:
-                self.connection.call("load a collection", "load_collection", name)
+                seconds = self.connection.deadline + self.shape.capacity / 10_000
+                self.connection.call("load a collection", "load_collection", name, seconds=seconds)
 
     def _check_index(self, name: str, said: dict[str, Any]) -> None:
         mine = {"index": self.index.kind, "build": self.index.build}
@@ -408,4 +409,5 @@ class Collections:
                 )
             time.sleep(POLL_SECONDS)
         # The nodes that search take the indexed segments in place of their own rows when they next look, or are told.
-        self.connection.call("load a collection", "refresh_load", name)
+        seconds = self.connection.deadline + length / 10_000
+        self.connection.call("load a collection", "refresh_load", name, seconds=seconds)

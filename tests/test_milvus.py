@@ -203,6 +203,16 @@ def test_rows_that_somebody_took_away_are_noticed(uri: str) -> None:
         make(uri, "existing=reuse")
 
 
+def test_keys_that_somebody_else_appended_are_told(uri: str) -> None:
+    with make(uri) as memory, make(uri, "existing=reuse") as other:
+        memory.add(vectors(M, 10, D))
+        assert (other.search(vectors(M, 1, D), 3).slots == -1).all(), "it knows of none"
+    with make(uri, "existing=reuse") as memory, make(uri, "existing=reuse") as other:
+        other.add(10 * vectors(M, 40, D, seed=1))
+        with pytest.raises(MilvusError, match=r"more than the 10 keys .* existing=reuse"):
+            memory.search(vectors(M, 9, D), 5)
+
+
 def test_a_collection_that_somebody_dropped_is_told(uri: str) -> None:
     memory = make(uri)
     memory.add(vectors(M, 10, D))

@@ -2,12 +2,15 @@
 
 It is for one large memory that many share and that seldom evicts, such as that of a corpus: the keys outlive the
 process, and a server's outgrow this machine. It is not for the memories of documents that stream by, which are reset
-and appended to at every step: each step is a request, and a server makes every search wait until it has seen the newest
-append. docs/growing.md has figures.
+and appended to at every step. A step is two requests, and a server makes a search wait until it has seen the newest
+append: 170 ms and more, and some seconds for a reset. Lite takes 20 ms to append 512 keys and 35 microseconds for every
+neighbour that it returns, so 0.6 s for 512 queries of 32. In this process an append takes 0.3 ms, and an exact search
+over 8192 keys 25 ms: benchmarks/durability.py measures it.
 
 Milvus holds each key by its slot, and the backend's own ring holds them a second time in this process (in main memory,
 or in a file by `keys_in`): `gather_keys` answers from it, and it is read back from Milvus where a memory is opened that
-is there already. One process at a time may append; others that opened it before do not learn of its keys.
+is there already. One process at a time may append; a search in another that comes upon a key which it does not know
+says so, and it opens the memory anew.
 
 What an append that failed half way has left in Milvus is undone before the next search or append, from the ring.
 """
@@ -33,6 +36,7 @@ from recollect.memory_backends.base import Capabilities, MemoryBackend
 from recollect.memory_backends.errors import CorruptMemory, InvalidInput
 from recollect.memory_backends.milvus_collections import MOST_HITS, Collections, Index, Rows, Shape
 from recollect.memory_backends.milvus_connection import Connection, check_uri, is_lite
+from recollect.memory_backends.milvus_errors import MilvusError
 from recollect.memory_backends.milvus_lite_server import close_store, leave, leave_behind
 from recollect.memory_backends.options import KeyStorageOptions
 from recollect.memory_backends.records import Requirement
@@ -243,6 +247,11 @@ class Milvus(MemoryBackend):
                 found = min(k, length)
                 one = self.collections.search(memory, queries[row].numpy(), found, length)
                 scores[row, :, :found], slots[row, :, :found] = map(torch.from_numpy, one)
+                if bool((slots[row] >= length).any()):
+                    raise MilvusError(
+                        f"memory {memory} of {self.collections.where} holds more than the {length} keys that this "
+                        "process knows of: another one has appended to it. Open it anew, with existing=reuse"
+                    )
         return scores, slots
 
     def _reset(self, memories: Tensor) -> None:
