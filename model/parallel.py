@@ -23,6 +23,9 @@ from recollect.model.distributed import Ranks
 from recollect.model.streams import IGNORED, Segment
 from recollect.model.transformer import MemorizingTransformer, ModelState
 
+PORTIONS = 2
+"""In how many portions the gradients of a small model are summed."""
+
 
 class SharedLoss(nn.Module):
     """A segment's loss as this rank's part of it: the gradients' mean over the ranks is that of one process's loss.
@@ -90,8 +93,19 @@ def shared_loss(model: MemorizingTransformer, ranks: Ranks, kind: str, *, memory
     return nn.parallel.DistributedDataParallel(
         loss,
         gradient_as_bucket_view=True,
+        bucket_cap_mb=_bucket_mib(model),
         find_unused_parameters=bool(config.memory_layers and not memory) or bool(config.compressed_memory),
     )
+
+
+def _bucket_mib(model: nn.Module) -> float:
+    """Size of the portions in which gradients are summed over the ranks.
+
+    The sum of one portion is under way while the gradients of the next are computed. Torch's 25 MiB would be the whole
+    of a small model, which then waits for it.
+    """
+    size = sum(weight.numel() * weight.element_size() for weight in model.parameters()) / 2**20
+    return min(25.0, max(1.0, size / PORTIONS))
 
 
 @contextlib.contextmanager

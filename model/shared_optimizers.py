@@ -19,10 +19,16 @@ from recollect.model.distributed import Ranks
 from recollect.model.optimizers import Optimizers
 from recollect.model.parallel import shard_like, whole_tensor
 
+TURNS = 2
+"""In how many turns a rank updates its matrices: what one turn made travels during the next."""
+
 
 @dataclass
 class DealtOptimizers(Optimizers):
     """Muon with its matrices dealt to ranks that hold the same weights; whatever follows it steps on every rank.
+
+    A rank updates its matrices in a few turns, and hands on those of one turn while it is at the next. The matrices
+    that are handed on together lie side by side in memory, so that they are sent from and received into their places.
 
     Attributes:
         ranks: who shares the work.
@@ -34,10 +40,15 @@ class DealtOptimizers(Optimizers):
 
     def __post_init__(self) -> None:
         self.owners = deal([_cost(matrix) for matrix in self._matrices()], self.ranks.count)
-        sizes = [0] * self.ranks.count
-        for matrix, owner in zip(self._matrices(), self.owners, strict=True):
-            sizes[owner] += matrix.numel()
-        self._room = max(sizes)
+        own = [[place for place, owner in enumerate(self.owners) if owner == rank] for rank in range(self.ranks.count)]
+        self._turns = [
+            [places[number * len(places) // TURNS : (number + 1) * len(places) // TURNS] for places in own]
+            for number in range(TURNS)
+        ]
+        matrices = self._matrices()
+        self._sent = [
+            [_side_by_side([matrices[place] for place in places]) for places in of_ranks] for of_ranks in self._turns
+        ]
 
     @property
     def replicated(self) -> bool:
@@ -46,29 +57,26 @@ class DealtOptimizers(Optimizers):
     def _matrices(self) -> list[Tensor]:
         return [matrix for group in self.parts[0].param_groups for matrix in group["params"]]
 
-    def step(self) -> None:
-        matrices = self._matrices()
-        for matrix, owner in zip(matrices, self.owners, strict=True):
-            if owner != self.ranks.rank:
-                matrix.grad = None
-        super().step()
-        self._hand_on(matrices)
-
     @torch.no_grad()
-    def _hand_on(self, matrices: list[Tensor]) -> None:
-        """Every rank's matrices to all, in one exchange."""
-        like = matrices[0]
-        own = [
-            matrix.flatten() for matrix, owner in zip(matrices, self.owners, strict=True) if owner == self.ranks.rank
-        ]
-        sent = torch.cat([*own, like.new_zeros(self._room - sum(len(part) for part in own))])
-        everything = like.new_empty(self.ranks.count * self._room)
-        dist.all_gather_into_tensor(everything, sent)
-        places = [rank * self._room for rank in range(self.ranks.count)]
-        for matrix, owner in zip(matrices, self.owners, strict=True):
-            start, places[owner] = places[owner], places[owner] + matrix.numel()
-            if owner != self.ranks.rank:
-                matrix.copy_(everything[start : start + matrix.numel()].view_as(matrix))
+    def step(self) -> None:
+        muon, *others = self.parts
+        matrices = self._matrices()
+        gradients = [matrix.grad for matrix in matrices]
+        for matrix in matrices:
+            matrix.grad = None
+        under_way = []
+        for of_ranks, sent in zip(self._turns, self._sent, strict=True):
+            own = of_ranks[self.ranks.rank]
+            for place in own:
+                matrices[place].grad = gradients[place]
+            muon.step()
+            for place in own:
+                matrices[place].grad = None
+            under_way += [dist.broadcast(part, src=rank, async_op=True) for rank, part in enumerate(sent) if len(part)]
+        for part in others:
+            part.step()
+        for work in under_way:
+            work.wait()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What this rank alone keeps: moments of its matrices, and on the first rank those of all the rest."""
@@ -134,3 +142,16 @@ def _cost(matrix: Tensor) -> float:
 def clip_gradients(model: nn.Module, largest: float) -> Tensor:
     """Scales the gradients of all ranks to a norm of at most `largest`; returns the norm before."""
     return whole_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), largest))
+
+
+@torch.no_grad()
+def _side_by_side(matrices: list[Tensor]) -> Tensor:
+    """One tensor (N,) that holds all of them, of which each becomes a view."""
+    if not matrices:
+        return torch.empty(0)
+    together = torch.cat([matrix.detach().flatten() for matrix in matrices])
+    start = 0
+    for matrix in matrices:
+        matrix.data = together[start : start + matrix.numel()].view_as(matrix)
+        start += matrix.numel()
+    return together
