@@ -12,6 +12,7 @@ files out, so that what was acknowledged outlives a loss of power and not only t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import os
@@ -195,7 +196,9 @@ def commit_only(place: Place, dataset: Any, schema: Any, fragments: list[Any]) -
     """
     lance = import_lance()
     # An overwrite without retries is Lance's only commit that is never merged with what others committed meanwhile.
-    operation = lance.LanceOperation.Overwrite(schema, fragments)
+    # Numbered here, since releases before 14 take the fragments' numbers as they are, and new ones all have 0.
+    numbered = [dataclasses.replace(metadata, id=number) for number, metadata in enumerate(fragments)]
+    operation = lance.LanceOperation.Overwrite(schema, numbered)
     options = {"read_version": dataset.version, "max_retries": 0, "storage_options": place.storage_options}
     committed = ask(place, "commit to", lambda: lance.LanceDataset.commit(dataset, operation, **options))
     if committed.version != dataset.version + 1:
@@ -372,5 +375,6 @@ def _memory_session() -> Any:
     pid = os.getpid()
     if pid not in _sessions:
         _sessions.clear()
-        _sessions[pid] = importlib.import_module("lance.fragment").Session()
+        where = import_lance()
+        _sessions[pid] = (where if hasattr(where, "Session") else importlib.import_module("lance.fragment")).Session()
     return _sessions[pid]

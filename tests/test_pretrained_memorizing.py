@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_s3 import fake_s3
 from tiny import write_tiny_checkpoint, write_tiny_corpus
 from tiny_pretrained import WINDOW, write_tiny_llama, write_words
 
@@ -131,6 +132,32 @@ def test_an_interrupted_run_goes_on(checkpoint: Path, tmp_path: Path) -> None:
     half = len(MemoryStore.open(output))
     assert 0 < half < 4
     assert counts(memorize(source, model=checkpoint, output=output)) == (4 - half, 0, 0, half)
+
+
+def test_a_store_at_an_address_serves_as_one_in_a_folder(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Credentials from the environment, one string for memorizing and for attaching."""
+    import transformers
+
+    from recollect.pretrained.attach import attach_memory
+
+    source, address = write_words(tmp_path / "src", documents=2, words=40), "s3://bucket/some/store"
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama).eval()
+    found = []
+    with fake_s3() as (objects, options):
+        for name, value in options.items():
+            monkeypatch.setenv(name.upper(), value)
+        for output in (address, str(tmp_path / "store")):
+            assert counts(memorize(source, model=llama, output=output, layers=[1])) == (2, 0, 0, 0)
+            answer = memorize(source, model=llama, output=output, layers=[1], update=True)
+            assert (answer.unchanged, answer.as_json()["store"]) == (2, output)
+            handle = attach_memory(model, layers=[1], store=output, memory_size=0, k=4)
+            with torch.no_grad():
+                found.append(model(torch.arange(4, 12)[None]).logits)
+            handle.detach()
+        assert objects.content
+    assert torch.equal(*found)
 
 
 def test_another_maker_is_refused(checkpoint: Path, llama: Path, tmp_path: Path) -> None:
