@@ -14,6 +14,7 @@ Letters as in `base`; W ranks.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import threading
 import time
@@ -35,6 +36,8 @@ WORDS = 8
 PATIENCE_SECONDS = 0.05
 """For each further rank, once the deadline has passed for one."""
 LONGEST_TEXT = 4000
+DEADLINE_SECONDS = 300.0
+"""Where the job's process group does not tell its own."""
 
 
 class RanksDiffer(MemoryBackendError, ValueError):
@@ -96,6 +99,17 @@ def job() -> tuple[int, int]:
     if not dist.is_available() or not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
+
+
+def timeout_of_job() -> float:
+    """Seconds after which the job's own process group gives up, which whoever started it has set."""
+    for device in ("cpu", "cuda"):
+        with contextlib.suppress(
+            RuntimeError, AttributeError
+        ):  # the group has no backend for it, or one without options
+            group: Any = dist.group.WORLD
+            return float(group._get_backend(torch.device(device)).options._timeout.total_seconds())
+    return DEADLINE_SECONDS
 
 
 _made: dict[tuple[float, str], RankGroup] = {}

@@ -205,6 +205,14 @@ def test_a_rank_that_fails_in_the_middle_refuses_to_go_on() -> None:
     assert "ValueError: no room" in one[1][1]
 
 
+def deadlines(rank: int, size: int) -> list[float]:
+    return [made(spec).ranks.deadline_seconds for spec in ("exact-ranks", SHORT)]  # type: ignore[attr-defined]
+
+
+def test_the_deadline_is_that_of_the_job_unless_one_is_given() -> None:
+    assert run(2, deadlines) == [[60.0, 2.0]] * 2
+
+
 def missing(rank: int, size: int) -> tuple[str, str]:
     """Rank 1 never makes the memory that the others make."""
     return refusal(lambda: made(SHORT)) if rank != 1 else refusal(lambda: time.sleep(3))

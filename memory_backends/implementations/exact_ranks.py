@@ -48,6 +48,7 @@ from recollect.memory_backends.rank_group import (
     Traffic,
     group_of,
     job,
+    timeout_of_job,
 )
 from recollect.memory_backends.rank_part import RankPart
 from recollect.memory_backends.rank_ring import CountedRing
@@ -76,18 +77,18 @@ class ExactRanksOptions(KeyStorageOptions):
         },
     )
     deadline_seconds: float = field(
-        default=300.0,
+        default=0.0,
         metadata={
-            "help": "how long the other ranks are waited for before they count as lost; above what a rank may take "
-            "between two calls (a checkpoint, a validation)",
+            "help": "how long the other ranks are waited for before they count as lost, above what a rank may take "
+            "between two calls (a checkpoint, a validation); 0 is the time-out of the job's own process group",
             "unseen": "it decides when an error is raised",
         },
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.deadline_seconds > 0:
-            raise ValueError(f"deadline_seconds={self.deadline_seconds} is not above 0")
+        if self.deadline_seconds < 0:
+            raise ValueError(f"deadline_seconds={self.deadline_seconds} is below 0")
 
 
 class ExactRanks(MemoryBackend):
@@ -144,7 +145,7 @@ class ExactRanks(MemoryBackend):
         # The part keeps norms of its own; these are for files, and take no memory until then.
         self._norms = lazy_zeros(num_memories, capacity, device=torch.device("cpu")) if metric == "cosine" else None
         self.num_memories, self.capacity = num_memories, capacity
-        self.ranks = group_of(self.options.deadline_seconds, self.device)
+        self.ranks = group_of(self.options.deadline_seconds or timeout_of_job(), self.device)
         with self.ranks.lock:
             try:
                 self.part = make_backend(self._spec_of_part(), **part)
