@@ -76,16 +76,21 @@ class LiteStore:
 
     def close(self) -> None:
         """Writes what is in memory, and ends the engine; of a temporary folder nothing is left."""
-        if self.client is not None:
-            with contextlib.suppress(Exception):
-                self.client.close()
+        self._close_client()
         self._server.stop(None if self.temporary else CLOSING_SECONDS).wait(CLOSING_SECONDS)
         self._database.close()
         if self.temporary:
             shutil.rmtree(Path(self.path).parent, ignore_errors=True)
 
+    def _close_client(self) -> None:
+        # First, or gRPC prints that the engine hung up.
+        if self.client is not None:
+            with contextlib.suppress(Exception):
+                self.client.close()
+
     def abandon(self) -> None:
         """At the end of the process: a temporary folder goes; another has all in its log, and is read from there."""
+        self._close_client()
         self._server.stop(None)
         if self.temporary:
             shutil.rmtree(Path(self.path).parent, ignore_errors=True)
