@@ -1,6 +1,6 @@
 """What it costs to spread one memory over processes of Ray, beside the same index in this process.
 
-    python benchmarks/ray_shards.py [--capacity 100000 1000000] [--shards 1 2 4] [--backend exact ...] [--nodes 3]
+    python benchmarks/ray_shards.py [--backend exact ...] [--capacity 100000 ...] [--shards 1 2 4] [--nodes 3]
 
 For every backend and capacity there is one memory in this process and one for each number of shards, all of the same
 keys. Searches for 512 queries (k 32) are timed in turns, so that the ratio within a round says what sharding costs;
@@ -277,7 +277,7 @@ def show(rows: list[dict[str, Any]], nodes: int) -> None:
 def main() -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", nargs="+", default=["exact"], help="indexes that are sharded")
+    parser.add_argument("--backend", nargs="+", default=["exact", "faiss-flat"], help="indexes that are sharded")
     parser.add_argument("--capacity", type=int, nargs="+", default=[100_000, 1_000_000], help="keys of the memories")
     parser.add_argument("--shards", type=int, nargs="+", default=[1, 2, 4], help="numbers of shards")
     parser.add_argument("--rounds", type=int, default=40, help="searches of each, at most")

@@ -118,10 +118,24 @@ def large_memory(content: Mapping[str, Any]) -> Iterable[Target]:
         )
 
 
+def ray_shards(content: Mapping[str, Any]) -> Iterable[Target]:
+    """One memory over two processes of Ray, beside the same index in one."""
+    for row in content["rows"]:
+        where = f"`{row['backend']}`, {row['capacity']:,} keys"
+        bound = {100_000: 1.3, 1_000_000: 1.05}.get(row["capacity"])
+        if row["shards"] == 2 and bound is not None:
+            yield Target(f"search over two shards / in process, {where}", bound, (row["over_in_process"][0],))
+            yield Target(f"keys appended a second, two shards, {where}", 160_000, (row["keys_per_second"],), above=True)
+        if row["shards"]:
+            lost = tuple(row[what]["keys_lost"] for what in ("process_killed", "node_killed") if what in row)
+            yield Target(f"keys lost where a process is killed, {row['where']}, {where}", 0, lost)
+
+
 READERS: dict[str, Callable[[Mapping[str, Any]], Iterable[Target]]] = {
     "exact_search": exact_search,
     "streams": streams,
     "large_memory": large_memory,
+    "ray_shards": ray_shards,
 }
 
 

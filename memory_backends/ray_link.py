@@ -30,6 +30,10 @@ from recollect.memory_backends.sharding import Share
 
 MOST_PENDING = 32
 """Appends on their way to a shard at most."""
+BUSY = 4
+"""Appends on their way, from which on further small ones wait in the ring and go together."""
+TOGETHER_BYTES = 1 << 20
+"""Of keys that wait so, at most."""
 PENDING_BYTES = 64 << 20
 """Of keys on their way to a shard at most."""
 CHUNK_BYTES = 8 << 20
@@ -152,6 +156,9 @@ class ShardLink:
         start = after - slots.shape[1]
         oldest = (after - ring.capacity).clamp(min=0)
         straight = bool(((self.sent[memories] == start) | (start == oldest)).all())
+        waiting = int((after - self.sent[memories]).sum()) * keys.shape[2] * 4 // share.shards
+        if len(self._pending) >= BUSY and len(memories) == 1 and waiting < TOGETHER_BYTES:
+            return  # it is busy: this goes with what comes next, or with the next search
         if not straight or keys[:, :: share.shards].nbytes > CHUNK_BYTES or not self._has_room():
             self.push()  # from the ring, piece by piece
             return
@@ -262,14 +269,12 @@ class ShardLink:
 
         if self._making is not None and ray.wait([self._making], timeout=0)[0]:
             self._made()
-        urgent = all_done or self._mending is not None or self._filling
-        if not self._pending or (len(self._pending) < MOST_PENDING // 2 and not urgent):
-            return True
-        done = len(self._pending)
-        if not all_done:
-            ready = set(ray.wait([one.reference for one in self._pending], num_returns=done, timeout=0)[0])
-            done = next((place for place, one in enumerate(self._pending) if one.reference not in ready), done)
-        if done:
+        urgent = self._mending is not None or self._filling
+        # Answers come in order, so that of many only one is asked for: each question takes a while.
+        while self._pending and (all_done or urgent or len(self._pending) >= BUSY):
+            done = len(self._pending) if all_done else 1 if urgent else 1 + len(self._pending) // 2
+            if not all_done and not ray.wait([self._pending[done - 1].reference], timeout=0)[0]:
+                break
             self._take(done)
         self._finish()
         return len(self._pending) < MOST_PENDING and self._pending_bytes < PENDING_BYTES

@@ -46,6 +46,10 @@ from recollect.memory_backends.ray_start import (
 LOCAL = "local"
 LOOPBACK = "127.0.0.1"
 """An embedded Ray listens nowhere else."""
+DIRECT_BYTES = 1 << 20
+"""What an embedded Ray sends along with a call rather than by its object store, which costs a millisecond each way."""
+DIRECT_BYTES_ELSEWHERE = 64 << 10
+"""The same of another Ray, whose own limit is 100 KiB."""
 START_SECONDS = 60.0
 """For Ray to start on this machine."""
 
@@ -164,6 +168,11 @@ class Session:
     def embedded(self) -> bool:
         """Whether Ray runs on this machine because this session started it."""
         return self._folder is not None
+
+    @property
+    def direct_bytes(self) -> int:
+        """Up to how many bytes had better go along with a call, though it be one for each shard."""
+        return DIRECT_BYTES if self.embedded else DIRECT_BYTES_ELSEWHERE
 
     def lease(self, address: str, placement: Placement, shards: int, name: str, deadline: float) -> Lease:
         """Connects if need be, and takes a host for each shard.
@@ -288,6 +297,7 @@ class Session:
                 logging_level=logging.ERROR,
                 object_store_memory=object_store_bytes(),
                 _node_ip_address=LOOPBACK,
+                _system_config={"max_direct_call_object_size": DIRECT_BYTES},
                 _temp_dir=str(folder),
             )
 

@@ -135,8 +135,6 @@ class Shards:
             Unreachable: a shard was away, or did not answer, for that long.
             MemoryBackendError: what the call, or an earlier append, failed with in a shard.
         """
-        import ray
-
         started = time.monotonic()
         answers: dict[int, Any] = {}
         asked: dict[Any, tuple[ShardLink, str | None, float]] = {}
@@ -158,28 +156,21 @@ class Shards:
             )
             if away and not (partial and asked):
                 left = min(left, RETRY_SECONDS)
-            if waiting:
-                ready, _ = ray.wait(waiting, num_returns=everyone, timeout=max(left, 0.0))
-            else:
-                ready = []
+            if not waiting:
                 time.sleep(max(min(left, RETRY_SECONDS), 0.0))
-            for reference in [one for one in ready if one in asked]:
-                link, epoch, since = asked.pop(reference)
-                if self._take(reference, link, epoch, since, answers):
-                    continue
-                away.append(link)
+            for reference, answer in _answers(waiting, everyone, max(left, 0.0)):
+                if reference in asked:
+                    link, epoch, since = asked.pop(reference)
+                    if not self._take(answer, link, epoch, since, answers):
+                        away.append(link)
             self._give_up(away, asked, answers, started, deadline, partial)
 
-    def _take(self, reference: Any, link: ShardLink, epoch: str | None, since: float, answers: dict[int, Any]) -> bool:
+    def _take(self, answer: Any, link: ShardLink, epoch: str | None, since: float, answers: dict[int, Any]) -> bool:
         """Takes in the answer to a call; whether there is one, rather than a shard that turns out to be lost."""
         import ray
 
-        try:
-            answer = ray.get(reference)
-        except Exception as error:
-            if isinstance(error, ray.exceptions.ObjectStoreFullError):
-                raise as_ours(error, link.where) from error
-            answer = error
+        if isinstance(answer, ray.exceptions.ObjectStoreFullError):
+            raise as_ours(answer, link.where) from answer
         if isinstance(answer, Failed):
             raise as_ours(answer.error, link.where) from answer.error
         with self._lock:
@@ -239,6 +230,26 @@ class Shards:
         """Notes bytes of queries and answers."""
         with self._lock:
             self._received_bytes += size
+
+
+def _answers(futures: list[Any], enough: int, seconds: float) -> list[tuple[Any, Any]]:
+    """Futures that have an answer, once `enough` of them have or the time is over, each with it, or with its error."""
+    import ray
+
+    if not futures:
+        return []
+    if enough == len(futures):
+        try:
+            return list(zip(futures, ray.get(futures, timeout=seconds), strict=True))
+        except Exception:
+            seconds = 0.0  # one by one: which of them failed, or did not come
+    found = []
+    for future in ray.wait(futures, num_returns=enough, timeout=seconds)[0]:
+        try:
+            found.append((future, ray.get(future)))
+        except Exception as error:
+            found.append((future, error))
+    return found
 
 
 def _brought_up(link: ShardLink, memories: Tensor) -> bool:

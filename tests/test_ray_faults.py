@@ -144,7 +144,7 @@ def test_a_stopped_shard_is_told_after_the_deadline_and_nothing_is_lost() -> Non
 def test_a_process_that_ray_gives_up_is_replaced() -> None:
     import ray
 
-    memory, exact = pair("shards=2,deadline_seconds=60,resources='node:__internal_head__=0.001'")
+    memory, exact = pair("shards=1,deadline_seconds=60,resources='node:__internal_head__=0.001'")
     for one in (memory, exact):
         one.add(vectors(2, 150, D))
     ray.kill(memory.shards.links[0].host.actor, no_restart=True)

@@ -44,8 +44,6 @@ from recollect.memory_backends.registry import (
 )
 from recollect.memory_backends.sharding import Share, merge, shares
 
-INLINE_BYTES = 64 << 10
-"""Queries of fewer bytes travel with the call; more are put once where all shards read them."""
 POLL_SECONDS = 0.05
 
 
@@ -185,7 +183,7 @@ class Ray(MemoryBackend):
 
     def _search(self, queries: Tensor, k: int, memories: Tensor) -> tuple[Tensor, Tensor]:
         asked = queries.numpy()
-        if asked.nbytes > INLINE_BYTES:
+        if asked.nbytes > SESSION.direct_bytes:
             import ray
 
             try:
