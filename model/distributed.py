@@ -17,12 +17,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import itertools
-import json
 import os
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
@@ -33,6 +31,7 @@ import torch.distributed as dist
 
 from recollect.memory_backends.threads import share_of_cores, use_share
 from recollect.model.configuration import ConfigurationError
+from recollect.model.rank_errors import Notices, RankError
 
 Result = TypeVar("Result")
 
@@ -42,17 +41,8 @@ DEADLINE_SECONDS = 300.0
 """How long a rank waits for the others within a step before it gives them up."""
 PATIENCE_SECONDS = 3600.0
 """The same where one rank does something for all, such as tokenizing a corpus or writing a checkpoint."""
-GRACE_SECONDS = 3.0
-"""How long a rank that lost another waits for a word about why."""
-_LOST = ("gloo/", "Connection ", "Timed out waiting", "Broken pipe", "NCCL error")
-"""What the errors of torch.distributed say where another process is gone or silent; gloo raises plain RuntimeErrors."""
-
 
 _JOINS = itertools.count()
-
-
-class RankError(RuntimeError):
-    """Another process of the job failed, was killed, or was silent for longer than the deadline."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +61,6 @@ class Ranks:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     deadline: float = DEADLINE_SECONDS
     _patient: Any = None
-    _store: Any = None
 
     @property
     def first(self) -> bool:
@@ -187,41 +176,35 @@ def joined(device: str = "cpu", *, deadline: float = DEADLINE_SECONDS) -> Iterat
         yield Ranks(device=torch.device(device), deadline=deadline)
         return
     with _signals() as ending:
-        ranks, ours = _join(device, deadline)
+        ranks, notices, ours = _join(device, deadline)
         try:
-            yield ranks
-        except BaseException as error:
-            ending()
-            explained = _explain(ranks, error)
-            if explained is not error:
-                raise explained from error
-            raise
+            with notices.answering():
+                try:
+                    yield ranks
+                except BaseException as error:
+                    ending()
+                    explained = notices.explain(error, deadline)
+                    if explained is not error:
+                        raise explained from error
+                    raise
         finally:
             if ours and dist.is_initialized():
                 with contextlib.suppress(RuntimeError):
                     dist.destroy_process_group()
 
 
-def is_repeated(error: BaseException) -> bool:
-    """Whether the first rank tells the same, so that this one can end in silence."""
-    return bool(getattr(error, "_told_by_first_rank", False))
-
-
-def _join(device: str, deadline: float) -> tuple[Ranks, bool]:
+def _join(device: str, deadline: float) -> tuple[Ranks, Notices, bool]:
     ours = not dist.is_initialized()
     rank, count = (int(os.environ["RANK"]), launched()) if ours else (dist.get_rank(), dist.get_world_size())
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     own = _own_device(device, local_rank)
-    store = None
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         if ours:
             timeout = datetime.timedelta(seconds=deadline)
             joining = datetime.timedelta(seconds=max(deadline, 60.0))
             store, _, _ = next(iter(dist.rendezvous("env://", timeout=joining)))
-            # A store outlives the group that met in it: what an earlier one left must not be found.
-            start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            store = dist.PrefixStore(f"recollect/{start}/{next(_JOINS)}", store)
+            store = _fresh(store)
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo",
                 store=store,
@@ -230,9 +213,11 @@ def _join(device: str, deadline: float) -> tuple[Ranks, bool]:
                 timeout=timeout,
                 device_id=own if own.type == "cuda" else None,
             )
+        else:
+            store = _fresh(dist.distributed_c10d._get_default_store())
         patience = datetime.timedelta(seconds=max(deadline, PATIENCE_SECONDS))
         patient = dist.new_group(backend="gloo", timeout=patience)
-        ranks = Ranks(rank, count, own, deadline, patient, store)
+        ranks = Ranks(rank, count, own, deadline, patient)
         mine = (socket.gethostname(), sorted(_cores()))
         machines = ranks.all(mine)
     except (RuntimeError, ValueError) as error:
@@ -242,7 +227,13 @@ def _join(device: str, deadline: float) -> tuple[Ranks, bool]:
         ) from error
     others = [cores for host, cores in machines if host == mine[0]]
     use_share(share_of_cores(mine[1], others))
-    return ranks, ours
+    return ranks, Notices(store, rank, count), ours
+
+
+def _fresh(store: Any) -> Any:
+    """A part of a store that nobody has used: it outlives the group that met in it, and the start of all ranks."""
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"recollect/{start}/{next(_JOINS)}", store)
 
 
 def _cores() -> set[int]:
@@ -298,91 +289,3 @@ def _signals() -> Iterator[Callable[[], None]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def is_lost(error: BaseException) -> bool:
-    """Whether an error of torch.distributed says that another process is gone or silent."""
-    if isinstance(error, dist.DistError):
-        return True
-    return isinstance(error, RuntimeError) and any(saying in str(error) for saying in _LOST)
-
-
-def _explain(ranks: Ranks, error: BaseException) -> BaseException:
-    """The error that this rank should raise, after telling the others; marked where the first rank tells the same."""
-    if not is_lost(error):
-        text = _text(error)
-        _tell(ranks, "failed", text)
-        # Ranks that all raise the same need nothing more, and closing a connection could cut short what one of them
-        # is about to read. The others wait for this rank in vain, for as long as its process lives.
-        _endings(ranks, wanted=ranks.count - 1, seconds=GRACE_SECONDS / 3)
-        _close_connections()
-        return _marked(ranks, error, text)
-    _close_connections()
-    _tell(ranks, "noticed", "")  # by which the others see that this rank is alive
-    ended = _endings(ranks, wanted=ranks.count - 1, until_failed=True)
-    culprit = _failed(ended)
-    if culprit is not None:
-        text = f"rank {culprit} of {ranks.count} failed: {ended[culprit]['text']}"
-    else:
-        silent = [rank for rank in range(ranks.count) if rank != ranks.rank and rank not in ended]
-        who = f"rank {silent[0]}" if len(silent) == 1 else f"one of ranks {', '.join(map(str, silent))}"
-        text = (
-            f"{who if silent else 'another rank'} of {ranks.count} is lost: killed, stopped, or silent for the "
-            f"{ranks.deadline:g} seconds of the deadline ({_short(error)}). The run goes on from its last saved state "
-            "when the same command is given again; `torchrun --max-restarts 3` does that by itself"
-        )
-    explained = RankError(text)
-    _tell(ranks, "lost", text)
-    return _marked(ranks, explained, text)
-
-
-def _close_connections() -> None:
-    """Closes this rank's connections, at which the others' pending waits fail."""
-    if dist.is_initialized():
-        with contextlib.suppress(RuntimeError, AssertionError):
-            dist.distributed_c10d._abort_process_group()
-
-
-def _text(error: BaseException) -> str:
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    return str(error) or type(error).__name__
-
-
-def _short(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:300]
-
-
-def _tell(ranks: Ranks, kind: str, text: str) -> None:
-    if ranks._store is not None:
-        with contextlib.suppress(RuntimeError):
-            ranks._store.set(f"end/{ranks.rank}", json.dumps({"kind": kind, "text": text}))
-
-
-def _failed(ended: dict[int, dict[str, str]]) -> int | None:
-    """The first rank that failed by itself."""
-    return next((rank for rank in sorted(ended) if ended[rank]["kind"] == "failed"), None)
-
-
-def _endings(
-    ranks: Ranks, *, wanted: int, seconds: float = GRACE_SECONDS, until_failed: bool = False, until: int | None = None
-) -> dict[int, dict[str, str]]:
-    """What other ranks said as they ended, by rank; waits until `wanted` did, one failed, or rank `until` told why."""
-    latest = time.monotonic() + seconds
-    while True:
-        found: dict[int, dict[str, str]] = {}
-        with contextlib.suppress(RuntimeError, ValueError):
-            for rank in range(ranks.count) if ranks._store is not None else ():
-                if rank != ranks.rank and ranks._store.check([f"end/{rank}"]):
-                    found[rank] = json.loads(ranks._store.get(f"end/{rank}"))
-        told = until is not None and found.get(until, {"kind": "noticed"})["kind"] != "noticed"
-        enough = until is None and len(found) >= wanted
-        if told or enough or (until_failed and _failed(found) is not None) or time.monotonic() > latest:
-            return found
-        time.sleep(0.02)
-
-
-def _marked(ranks: Ranks, error: BaseException, text: str) -> BaseException:
-    if not ranks.first and text in _endings(ranks, wanted=0, until=0).get(0, {}).get("text", ""):
-        error._told_by_first_rank = True  # type: ignore[attr-defined]
-    return error

@@ -12,8 +12,9 @@ from recollect.memory_backends.assembling import Piece, assemble_backend
 from recollect.memory_backends.errors import CorruptMemory, InvalidInput
 from recollect.memory_backends.threads import share_of_cores
 from recollect.model.configuration import ConfigurationError
-from recollect.model.distributed import Ranks, is_lost, joined, launched, speaks
+from recollect.model.distributed import Ranks, joined, launched, speaks
 from recollect.model.evaluation import replay
+from recollect.model.rank_errors import is_lost
 from recollect.model.shared_evaluation import merge_losses, rows_of
 from recollect.model.shared_optimizers import deal
 from recollect.model.trunk import compute_trunk

@@ -13,7 +13,7 @@ _ROOTS = (
     ("recollect.model.configuration", "ConfigurationError"),
     ("recollect.model.checkpoints", "CheckpointError"),
     ("recollect.model.training", "TrainingDiverged"),
-    ("recollect.model.distributed", "RankError"),
+    ("recollect.model.rank_errors", "RankError"),
     ("recollect.model.sampling", "GenerationError"),
     ("recollect.pretrained.store", "StoreError"),
     ("recollect.suites.cells", "CellError"),

@@ -105,7 +105,7 @@ def train(
             )
         per_step = (batch_size or options.batch_size) * options.model.segment_length
         changes["steps"] = max(1, max_tokens // per_step)
-    with one_voice():
+    with one_voice(interrupted="interrupted; run the same command again to go on"):
         answer = run(TrainingOptions.preset(preset, output, **changes)).as_json()
     if not speaks():
         return
