@@ -250,4 +250,4 @@ def _machines(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = run.get("machines")
     if not isinstance(found, Mapping) or len(found) < 2:
         return []
-    return [("Machines", ", ".join(f"{name} ({count} rows)" for name, count in found.items()))]
+    return [("Machines", ", ".join(f"{name}: {count} of the rows" for name, count in found.items()))]

@@ -173,7 +173,7 @@ class _Comparison:
         self.former = read_json(self.folder / "run.json")
         former = self.former.get("machine") if isinstance(self.former, dict) else None
         self.machine = self.engine.settle(former)
-        self.threads = self.options.threads or int(self.machine["cores"])
+        self.threads = self.options.threads or self.engine.threads or int(self.machine["cores"])
         self.bench = Bench(
             self.engine, self.folder.resolve(), self.threads, self.options.cell_timeout, self.options.device
         )

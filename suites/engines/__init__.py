@@ -94,11 +94,13 @@ class Engine(ABC):
     """Runs orders. Use as a context manager: what it started is ended on the way out, however that comes about.
 
     Attributes:
+        threads: of each process, where nobody says otherwise; known once `settle` has answered.
         turn: held while an order's events are told, so that no two are told at once; also for what must not happen
             between them.
     """
 
     name: str
+    threads: int | None = None
 
     def __init__(self) -> None:
         self.turn = threading.RLock()

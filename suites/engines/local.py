@@ -33,6 +33,7 @@ class LocalEngine(Engine):
         # An accelerator that is not there is told where the model is loaded.
         device = self.device if torch.cuda.is_available() else "cpu"
         machine: Mapping[str, Any] = describe(threads=1, device=device)["machine"]
+        self.threads = self.threads or int(machine["cores"])
         return machine
 
     def places(self, *, alone: bool, threads: int, device: str = "cpu") -> int:

@@ -145,7 +145,9 @@ def _follow(
 ) -> Iterator[Event]:
     """Runs the process, and tells what it tells."""
     # A process that starts a Ray of its own must not take itself for a worker of this one.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("RAY_") or name.startswith("RAY_AUTH_")
+    }
     killed_before = memory_kills()
     worker = WorkerProcess(task, threads=order["threads"], log=log, environment=environment)
     told: queue.Queue[Event] = queue.Queue()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 import secrets
 import shutil
@@ -17,14 +18,25 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from recollect.memory_backends.ray_start import (
+    environment,
+    import_path,
+    object_store_bytes,
+    processes_of,
+    short_folder,
+    watch,
+)
+
 from . import CONNECT_SECONDS, EngineError
 
 INSTALL = "pip install 'recollect[ray]'"
-STORE_BYTES = 512 * 2**20
-"""Of the object store of a Ray that is started here: files are used where they lie, so little travels."""
 FOLDER = "recollect-ray"
-SOCKET_PATH_BYTES = 60
-"""Longest folder below which Ray's socket paths stay within the system's 107 bytes."""
+END_SECONDS = 5.0
+"""How long a process of Ray has to end before it is killed."""
+RECONNECT_SECONDS = 600
+"""For which a run outlives the head of its cluster: Ray would end it after 60, and every wait here has an end."""
 
 
 def import_ray() -> Any:
@@ -54,6 +66,7 @@ class RayCluster:
         self.address = address
         self.deadline = deadline
         self._folder: Path | None = None
+        self._watcher: subprocess.Popen[bytes] | None = None
         self._connected = False
         self._former_handler: Any = None
 
@@ -81,38 +94,48 @@ class RayCluster:
             self.stop()
             raise
         self._connected = True
+        if self._former_handler is not None:
+            # Ray's own handler ends the process with a trace, and without what there is to clean up.
+            unset = self._former_handler == signal.SIG_DFL
+            signal.signal(signal.SIGTERM, _leave if unset else self._former_handler)
 
     def stop(self) -> None:
         """Disconnects; ends Ray's processes and removes its files where it was started here."""
         ray = sys.modules.get("ray")
+        started = [] if self._folder is None else processes_of(self._folder)
         if ray is not None and (self._connected or self._folder is not None) and ray.is_initialized():
             ray.shutdown()
         self._connected = False
+        for process in psutil.wait_procs(started, timeout=END_SECONDS)[1]:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
         if self._former_handler is not None:
             signal.signal(signal.SIGTERM, self._former_handler)
             self._former_handler = None
         if self._folder is not None:
             _remove(self._folder)
             self._folder = None
+        if self._watcher is not None:
+            self._watcher.kill()
+            self._watcher.communicate()
+            self._watcher = None
 
     def _start_here(self, ray: Any) -> None:
         if not any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
             # Else Ray writes one into the home folder, which would outlive the run.
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        over = Path(tempfile.gettempdir())
-        if len(str(over)) + len(FOLDER) + 20 > SOCKET_PATH_BYTES:
-            over = Path("/tmp")
-        _remove_left(over)
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}-{os.getpid()}-", dir=over))
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}-", dir=short_folder()))
+        self._watcher = watch(self._folder)  # it removes the folder should this process be killed
         try:
-            ray.init(
-                address="local",  # whatever RAY_ADDRESS or a file of an earlier cluster says
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-                object_store_memory=STORE_BYTES,
-                _temp_dir=str(self._folder),
-            )
+            with import_path():
+                ray.init(
+                    address="local",  # whatever RAY_ADDRESS or a file of an earlier cluster says
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    object_store_memory=object_store_bytes(),
+                    _temp_dir=str(self._folder),
+                )
         except Exception as error:
             raise EngineError(f"Ray could not be started on this machine: {error}") from error
 
@@ -125,7 +148,8 @@ class RayCluster:
         if address != "auto":
             self._await_answer(address)
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            with environment(RAY_gcs_rpc_server_reconnect_timeout_s=str(RECONNECT_SECONDS)):
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:
             raise EngineError(
                 f"the Ray cluster at {address} could not be joined: {error}. This machine must be one of its nodes: "
@@ -170,6 +194,11 @@ class RayCluster:
 _HEALTH = "import sys; from ray.scripts.scripts import healthcheck; healthcheck(['--address', sys.argv[1]])"
 
 
+def _leave(number: int, frame: object) -> None:
+    """Ends the program by way of everything that cleans up, with the exit code that shells give to a signal."""
+    sys.exit(128 + number)
+
+
 def _remove(folder: Path) -> None:
     """Removes a folder whose processes are just ending."""
     for _ in range(20):
@@ -177,22 +206,3 @@ def _remove(folder: Path) -> None:
         if not folder.exists():
             return
         time.sleep(0.1)
-
-
-def _remove_left(over: Path) -> None:
-    """Removes what Ray left whose run was killed."""
-    for folder in over.glob(f"{FOLDER}-*-*"):
-        pid = folder.name.split("-")[2]
-        with contextlib.suppress(OSError):
-            if pid.isdigit() and folder.stat().st_uid == os.getuid() and not _is_alive(int(pid)):
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

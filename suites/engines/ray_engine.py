@@ -65,7 +65,7 @@ class RayEngine(Engine):
         if device.startswith("cuda:"):
             raise EngineError(f"device {device!r}: with Ray each task gets a GPU of its own; give --device cuda")
         self.output = output.resolve()
-        self.threads = threads
+        self.threads: int | None = threads
         self.note = note
         self.device = device
         self.hosts, self.look = hosts, look
@@ -121,7 +121,8 @@ class RayEngine(Engine):
         self.machines, self.alone = chosen, apart(chosen, hosts=self.hosts)
         self._ids = tuple(machine.node for machine in chosen)
         if self.threads is None:
-            self.threads = min(int(machine.hardware["cores"]) for machine in chosen)
+            # Of a machine that gives the cluster fewer CPUs than it has, no more than those are used.
+            self.threads = min(min(int(m.hardware["cores"]), max(1, m.cpus)) for m in chosen)
         self._tell_machines(left)
         return chosen[0].hardware
 
@@ -258,8 +259,6 @@ class RayEngine(Engine):
         self._streams[id(stream)] = stream
         try:
             return self._listen(stream, order, on_event)
-        except self.ray.exceptions.RayError as error:
-            return self._judge(error)
         finally:
             self._streams.pop(id(stream), None)
 
@@ -338,14 +337,16 @@ class RayEngine(Engine):
             ready, _ = self.ray.wait([stream], timeout=POLL_SECONDS)
             if self._stopped:
                 raise Stopped("the run was stopped")
-            if not ready:
-                self._check_patience(stream, order, placed, heard)
-                continue
-            heard = self._heard = time.monotonic()
             try:
+                if not ready:
+                    self._check_patience(stream, order, placed, heard)
+                    continue
+                heard = self._heard = time.monotonic()
                 event: Event = self.ray.get(next(stream), timeout=SILENCE_SECONDS)
             except StopIteration:
                 return {"event": "lost", "reason": f"the task on {placed} ended without saying how"}
+            except self.ray.exceptions.RayError as error:
+                return self._judge(error, placed)
             if event["event"] == "placed":
                 placed = str(event["machine"])
             elif event["event"] == "file":
@@ -373,7 +374,7 @@ class RayEngine(Engine):
                 self.ray.cancel(stream, force=True)
             raise self.ray.exceptions.GetTimeoutError(f"{placed} was silent for {SILENCE_SECONDS:.0f} s")
 
-    def _judge(self, error: Exception) -> Event:
+    def _judge(self, error: Exception, placed: str | None) -> Event:
         """What a task that Ray reports as failed comes to."""
         exceptions = self.ray.exceptions
         if self._stopped:
@@ -381,14 +382,14 @@ class RayEngine(Engine):
         if isinstance(error, exceptions.OutOfMemoryError):
             return {
                 "event": "died",
-                "reason": f"the machine ran out of memory, and Ray ended the task: {_first_line(error)}; give smaller "
+                "reason": f"{placed} ran out of memory, and Ray ended the task: {_first_words(error)}; give smaller "
                 "memories or fewer processes at a time, or a machine with more memory",
             }
         if isinstance(error, exceptions.RayTaskError):
-            return {"event": "died", "reason": f"on the machine it was sent to: {_first_line(error.cause or error)}"}
+            return {"event": "died", "reason": f"on {placed}: {_first_words(error.cause or error)}"}
         if isinstance(error, (exceptions.TaskUnschedulableError, exceptions.RuntimeEnvSetupError)):
-            raise EngineError(f"no machine of the cluster can run it: {_first_line(error)}") from error
-        return {"event": "lost", "reason": f"the task or its machine was lost ({_first_line(error)})"}
+            raise EngineError(f"no machine of the cluster can run it: {_first_words(error)}") from error
+        return {"event": "lost", "reason": f"{placed or 'the task'} was lost: {_first_words(error)}"}
 
 
 def _run_order(payload: dict[str, Any], contents: dict[str, list[Any]]) -> Iterator[Event]:
@@ -430,6 +431,7 @@ def _describe() -> Callable[[str, int | None], dict[str, Any]]:
     return describe
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+def _first_words(error: BaseException) -> str:
+    """What an error says first: Ray goes on with advice of many lines."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].partition(". ")[0].rstrip(".")[:300]

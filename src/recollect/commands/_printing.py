@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -123,3 +125,13 @@ def print_rows(
     console.print(table)
     for note in notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def ray_kept_quiet(engine: str) -> Iterator[None]:
+    """Keeps what Ray's nodes tell off standard output, which is for the answer; what matters of it is told anyway."""
+    if engine != "ray":
+        yield
+        return
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield

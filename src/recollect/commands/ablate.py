@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from recollect.commands._options import AddressOption, EngineOption, JsonOption
-from recollect.commands._printing import print_figures, print_json
+from recollect.commands._printing import print_figures, print_json, ray_kept_quiet
 
 
 def ablate(
@@ -100,8 +98,7 @@ def ablate(
     if dry_run:
         _show_plan(options, as_json)
         return
-    # Ray prints what its nodes tell on standard output, which is for the answer.
-    with contextlib.redirect_stdout(sys.stderr):
+    with ray_kept_quiet(engine):
         result = run(options)
     answer: dict[str, Any] = {
         "output": str(result.output),

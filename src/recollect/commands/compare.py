@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +17,7 @@ from recollect.commands._options import (
     KOption,
     SeedOption,
 )
-from recollect.commands._printing import print_figures, print_json
+from recollect.commands._printing import print_figures, print_json, ray_kept_quiet
 
 
 def compare(
@@ -96,8 +94,7 @@ def compare(
         given["max_tokens"] = max_tokens
     if curve_seconds is not None:
         given["curve_seconds"] = curve_seconds
-    # Ray prints what its nodes tell on standard output, which is for the answer.
-    with contextlib.redirect_stdout(sys.stderr):
+    with ray_kept_quiet(engine):
         result = run(CompareOptions(**given))
     answer = {
         "output": str(result.output),
