@@ -278,7 +278,8 @@ def _why_away(link: ShardLink) -> str:
     there = {name: amount for name, amount in has.items() if not name.startswith(("node:", "object"))}
     return (
         f"{link.away_because or 'Ray has found no place for it'}. Each shard asks for {link.host.placement}, and the "
-        f"cluster has {there} in all: ask for less, take fewer shards, or add machines"
+        f"cluster has {there} in all: ask for less, take fewer shards, add machines, or free main memory (Ray ends "
+        "processes where 95 % of it is taken)"
     )
 
 
