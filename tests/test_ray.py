@@ -251,7 +251,7 @@ def test_resources_as_written() -> None:
 
 def test_what_does_not_suit_a_shard_is_told_when_it_is_made() -> None:
     skip_unless_available("faiss-ivf")
-    with pytest.raises(InvalidSpec, match=r"'ray': backend='faiss-ivf:nlist=80': shard 0 of 2.*nlist=80"):
+    with pytest.raises(InvalidSpec, match=r"'ray': backend='faiss-ivf:nlist=80': shard [01] of 2.*nlist=80"):
         made("shards=2,backend='faiss-ivf:nlist=80'", capacity=100)
 
 

@@ -233,10 +233,10 @@ while True:
 """
 
 
-@pytest.mark.parametrize("ending", ["SIGINT", "SIGKILL"])
-def test_no_process_and_no_file_is_left(ending: str) -> None:
+def started(code: str) -> tuple[subprocess.Popen[str], list[str]]:
+    """A program, and the lines that it printed until the one that names the folder of its Ray."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT],
+        [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -244,12 +244,19 @@ def test_no_process_and_no_file_is_left(ending: str) -> None:
         env={**os.environ, "RAY_ADDRESS": "10.9.8.7:6379"},  # of a cluster that is no more
     )
     assert process.stdout is not None
-    first = process.stdout.readline().strip()
-    assert first, process.communicate()[1]
-    folder = Path(first)
+    lines: list[str] = []
+    while not lines or not lines[-1].startswith("/"):
+        lines.append(process.stdout.readline().strip())
+        assert lines[-1], process.communicate()[1]
+    return process, lines
+
+
+def test_a_program_that_is_killed_leaves_no_process_and_no_file() -> None:
+    process, lines = started(SCRIPT)
+    folder = Path(lines[-1])
     assert folder.is_dir()
     assert processes_in(folder)
-    process.send_signal(getattr(signal, ending))
+    process.kill()
     process.communicate(timeout=60)
     assert_gone(folder)
 
@@ -273,7 +280,7 @@ def processes_in(folder: Path) -> list[psutil.Process]:
 
 
 OWN = """
-import psutil, ray, subprocess, sys, torch
+import ray, subprocess, sys, torch
 from recollect.memory_backends import make_backend
 from recollect.memory_backends.ray_session import SESSION
 mine = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
@@ -290,24 +297,29 @@ try:
 except ConnectionError as error:
     print(error)
 memory.close()
-with make_backend("ray:shards=1", num_memories=1, capacity=10, dim=8) as memory:
-    memory.add(torch.randn(1, 15, 8))
-    assert memory.search(torch.randn(1, 5, 8), 3).slots.min() >= 0
-    print(SESSION._folder)
-assert mine.poll() is None, "a process of the program's own goes on"
-mine.communicate(b"\\n")
-print("left", psutil.Process().children(recursive=True), flush=True)
+memory = make_backend("ray:shards=1", num_memories=1, capacity=10, dim=8)
+memory.add(torch.randn(1, 15, 8))
+assert memory.search(torch.randn(1, 5, 8), 3).slots.min() >= 0
+try:
+    print(SESSION._folder, flush=True)
+    while True:
+        memory.search(torch.randn(1, 500, 8), 3)
+except KeyboardInterrupt:
+    assert mine.poll() is None, "a process of the program's own goes on"
+    mine.communicate(b"\\n")
+    print("interrupted")
 """
 
 
-def test_a_connection_that_the_program_made_is_used_and_left_and_one_of_ours_is_ended() -> None:
+def test_a_connection_of_the_program_s_own_is_left_and_one_of_ours_ends_after_an_interrupt() -> None:
     with tempfile.TemporaryDirectory(prefix="own-", dir="/tmp") as folder:
-        code = OWN.format(folder=folder)
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    ended, of_ours, left = done.stdout.splitlines()
-    assert "the connection to Ray was ended by ray.shutdown()" in ended
-    assert left == "left []"
+        process, (ended, of_ours) = started(OWN.format(folder=folder))
+        assert "the connection to Ray was ended by ray.shutdown()" in ended
+        assert processes_in(Path(of_ours))
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert output == "interrupted\n"
     assert_gone(Path(of_ours))
 
 
