@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,12 @@ import filelock
 import torch
 from torch import Tensor
 
-from recollect.memory_backends import lance_merging, lance_support
+from recollect.memory_backends import lance_support
 from recollect.memory_backends.errors import CorruptMemory, InvalidInput, StoreMissing, WriteConflict
 from recollect.memory_backends.lance_places import Place, place_of
 from recollect.pretrained import store_rows
 from recollect.pretrained.records import KeyStore, LayerShape
+from recollect.pretrained.store_files import StoreFiles
 from recollect.pretrained.store_identity import (
     StoredDocument,
     StoreError,
@@ -38,13 +38,11 @@ from recollect.pretrained.store_identity import (
     digest_text,
     listed,
 )
-from recollect.pretrained.store_rows import About, Row
+from recollect.pretrained.store_rows import About
 
 LOCK = ".lock"
 FORMER_MANIFEST = "manifest.json"
 """Of a store that an earlier release wrote as a folder of safetensors files."""
-SECONDS_FOR_READERS = 3600.0
-"""On an object store, where no lock says who reads: older versions than this go when a writer is done."""
 
 
 class MemoryStore:
@@ -59,7 +57,7 @@ class MemoryStore:
     def __init__(self, place: Place, dataset: Any) -> None:
         self._place = place
         self.path: Path | str = place.path
-        self._show(dataset)
+        self._files = StoreFiles(place, dataset)
 
     # Making and opening
 
@@ -116,7 +114,7 @@ class MemoryStore:
             store = cls(place, dataset)
         if verify:
             with store._reading():
-                store_rows.check_rows(store._about, store._dataset, store._rows, place)
+                store_rows.check_rows(store._files.about, store._files.dataset, store._files.listed, place)
         return store
 
     @classmethod
@@ -165,12 +163,12 @@ class MemoryStore:
     @property
     def identity(self) -> StoreIdentity:
         """What made it."""
-        return self._about.identity
+        return self._files.about.identity
 
     @property
     def source(self) -> str:
         """What was memorized, as it was named."""
-        return self._about.source
+        return self._files.about.source
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -178,15 +176,15 @@ class MemoryStore:
         return self.identity.layers
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._files.rows)
 
     def __contains__(self, name: object) -> bool:
-        return any(row.document.name == name for row in self._rows)
+        return name in self._files.rows
 
     @property
     def documents(self) -> tuple[StoredDocument, ...]:
         """Every document, in the order they were added."""
-        return tuple(row.document for row in self._rows)
+        return tuple(row.document for row in self._files.listed)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -206,7 +204,7 @@ class MemoryStore:
     @property
     def version(self) -> int:
         """The dataset's version that it shows; every change makes one."""
-        return int(self._dataset.version)
+        return int(self._files.dataset.version)
 
     def layer_keys(self, layer: int) -> Tensor:
         """Keys (H, N, D) of a memory layer, document after document, in the type they were stored in."""
@@ -252,10 +250,10 @@ class MemoryStore:
                     raise StoreError(f"{self.path} is being written by another process: wait for it to end") from error
                 held.callback(lock.release)
             with _told():
-                self._show(lance_support.newest(self._place, self._dataset))
+                self._files.refresh()
             yield
             with _told():
-                self._tidy()
+                self._files.tidy()
 
     def add(self, name: str, text_digest: str, token_ids: Tensor, layers: Mapping[int, tuple[Tensor, Tensor]]) -> None:
         """Adds a document, or replaces the one of that name; it is durable when this returns.
@@ -281,18 +279,22 @@ class MemoryStore:
                     raise StoreError(f"{name}: {kind} of layer {layer} hold a number that is not finite")
         if self.link(name, text_digest):
             return
-        self._settle_type(store_rows.dtype_of(layers, name), name)
-        row = self._row_of(name, StoredDocument(name, text_digest, len(token_ids), 0, ""), holds=True)
-        self._change([name], [store_rows.batch_of(self._about, row, token_ids, layers)])
+        with _told():
+            self._files.settle_type(store_rows.dtype_of(layers, name), name)
+        row = self._files.row_of(name, StoredDocument(name, text_digest, len(token_ids), 0, ""), holds=True)
+        with _told():
+            self._files.change([name], [store_rows.batch_of(self._files.about, row, token_ids, layers)])
 
     def link(self, name: str, text_digest: str) -> bool:
         """Adds a document whose text the store knows already; False, and nothing else, if it does not."""
-        known = next((row for row in self._rows if row.document.text_digest == text_digest), None)
+        known = self._files.texts.get(text_digest)
         if known is None:
             return False
-        if not any(row.document.name == name and row.document.text_digest == text_digest for row in self._rows):
-            row = self._row_of(name, dataclasses.replace(known.document, name=name), holds=False)
-            self._change([name], [store_rows.batch_of(self._about, row, None, None)])
+        same = self._files.rows.get(name)
+        if same is None or same.document.text_digest != text_digest:
+            row = self._files.row_of(name, dataclasses.replace(known.document, name=name), holds=False)
+            with _told():
+                self._files.change([name], [store_rows.batch_of(self._files.about, row, None, None)])
         return True
 
     def remove(self, names: Iterable[str]) -> None:
@@ -302,18 +304,14 @@ class MemoryStore:
             if name not in self:
                 raise KeyError(name)
         if gone:
-            self._change(gone, [])
+            with _told():
+                self._files.change(gone, [])
 
     # Inside
 
-    def _show(self, dataset: Any) -> None:
-        self._dataset = dataset
-        self._about = About.read(dataset, self._place)
-        self._rows = lance_support.ask(self._place, "read", lambda: store_rows.read_rows(self._about, dataset))
-
     def _distinct(self) -> list[StoredDocument]:
         """One document for each text."""
-        return [row.document for row in self._rows if row.holds]
+        return [row.document for row in self._files.listed if row.holds]
 
     def _known(self, layer: int) -> int:
         if layer not in self.layers:
@@ -322,117 +320,9 @@ class MemoryStore:
 
     def _joined(self, column: str) -> Tensor:
         with self._reading():
-            return store_rows.read_joined(self._about, self._dataset, self._rows, column, self._place)
-
-    def _row_of(self, name: str, document: StoredDocument, *, holds: bool) -> Row:
-        """A new row; its place in the order is that of the document that it replaces, else the last."""
-        number = next((row.number for row in self._rows if row.document.name == name), None)
-        last = max((row.number for row in self._rows), default=-1)
-        return Row(self._about.next_row, last + 1 if number is None else number, document, holds)
-
-    def _settle_type(self, dtype: str, name: str) -> None:
-        """Fixes the type of keys and values with the first document, and holds the others to it."""
-        if self._about.dtype == dtype:
-            return
-        if self._rows:
-            raise StoreError(
-                f"{name}: its keys are {dtype}, and {self.path} holds {self._about.dtype}: run the model in that type, "
-                "or make a new store"
+            return store_rows.read_joined(
+                self._files.about, self._files.dataset, self._files.listed, column, self._place
             )
-        with _told():
-            self._commit(dataclasses.replace(self._about, dtype=dtype, gone=()), [])
-
-    def _change(self, names: list[str], batches: list[tuple[Any, Row]]) -> None:
-        """Replaces documents by others in one commit; keys whose text another document has are handed on to it."""
-        with _told():
-            going = [row for row in self._rows if row.document.name in names]
-            heirs = self._heirs(going, self._about.next_row + len(batches))
-            new = [*batches, *((batch, row) for batch, row, _ in heirs)]
-            leaving = {row.row for row in (*going, *(former for _, _, former in heirs))}
-            about = dataclasses.replace(
-                self._about,
-                next_row=self._about.next_row + len(new),
-                gone=(*self._about.gone, *sorted(leaving)),
-            )
-            fragments = []
-            if new:
-                size = sum(row.document.size for _, row in new)
-                fragments = lance_support.write_rows(
-                    self._place, self._dataset, [batch for batch, _ in new], about.schema, size=size
-                )
-            rows = [*(row for row in self._rows if row.row not in leaving), *(row for _, row in new)]
-            try:
-                self._commit(about, [*self._fragments(), *fragments], rows)
-            except StoreError:
-                lance_support.drop_rows(self._place, fragments)
-                raise
-            self._merge_small()
-
-    def _heirs(self, going: list[Row], next_row: int) -> list[tuple[Any, Row, Row]]:
-        """For each text whose keys would go while another document has it: that document's new row, and its former."""
-        staying = [row for row in self._rows if row not in going]
-        found: list[tuple[Any, Row, Row]] = []
-        for row in (row for row in going if row.holds):
-            heir = next((other for other in staying if other.document.text_digest == row.document.text_digest), None)
-            if heir is not None:
-                (batch,) = self._dataset.scanner(filter=f"row = {row.row}").to_batches()
-                new = dataclasses.replace(heir, row=next_row + len(found), holds=True)
-                found.append((store_rows.renamed(batch, new), new, heir))
-        return found
-
-    def _fragments(self) -> list[Any]:
-        return [fragment.metadata for fragment in self._dataset.get_fragments()]
-
-    def _commit(self, about: About, fragments: list[Any], rows: list[Row] | None = None) -> None:
-        """The next version; refused where another writer has made one."""
-        try:
-            self._dataset = lance_support.commit_only(self._place, self._dataset, about.schema_with_metadata, fragments)
-        except WriteConflict as error:
-            raise StoreError(
-                f"{self.path} is being written by another process: wait for it to end and run the same command again"
-            ) from error
-        self._about = about
-        if rows is not None:
-            self._rows = sorted(rows, key=lambda row: row.number)
-
-    def _merge_small(self) -> None:
-        run = lance_merging.run_to_merge(self._fragments())
-        if run:
-            self._rewrite(self._dataset.get_fragments()[-run:])
-
-    def _rewrite(self, fragments: list[Any]) -> None:
-        """Puts the documents of some fragments into fewer and larger ones; rows that are gone stay behind."""
-        if not fragments:
-            return
-        about, dataset = self._about, self._dataset
-        left = {row for fragment in fragments for row in store_rows.rows_in(fragment)} & set(about.gone)
-        names = list(about.schema.names)
-        merged = lance_merging.merge(
-            self._place,
-            dataset,
-            fragments,
-            lambda run: store_rows.scan(about, dataset, names, self._rows, run),
-            about.schema,
-        )
-        gone = tuple(row for row in about.gone if row not in left)
-        self._commit(dataclasses.replace(about, gone=gone), merged.in_place_of(self._fragments()))
-
-    def _tidy(self) -> None:
-        """Gives back the room of what was removed, and of what killed writers and older versions left."""
-        gone = set(self._about.gone)
-        if gone:
-            self._rewrite([each for each in self._dataset.get_fragments() if store_rows.rows_in(each) & gone])
-        local = self._place.folder is not None
-        dataset = self._dataset
-        lance_support.ask(
-            self._place,
-            "tidy",
-            lambda: dataset.cleanup_old_versions(
-                older_than=timedelta(seconds=1e-6 if local else SECONDS_FOR_READERS),
-                delete_unverified=local,  # here the lock says that nobody else is writing
-                error_if_tagged_old_versions=False,
-            ),
-        )
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
