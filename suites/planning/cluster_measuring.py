@@ -102,6 +102,7 @@ def measure_cluster(
 
     # One memory stays throughout, so that Ray and the processes of the shards do.
     with threads_set(threads), _sharded(Shape(max(shape.shards for shape in shapes)), SHARD_KEYS):
+        process_bytes = _process_bytes()  # first, while the processes are new
         for shape in shapes:
             points.append(_search_point(shape, rounds))
             tell(f"search: {points[-1].beyond_ms:.2f} ms beyond a shard's own, {shape}")
@@ -110,7 +111,7 @@ def measure_cluster(
         recovered = _recovered(recovered_keys)
     costs = ClusterCosts(
         **conditions(threads),
-        process_bytes=_process_bytes(),
+        process_bytes=process_bytes,
         recovered=recovered,
         points=points,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -202,7 +203,7 @@ def _point(kind: str, shape: Shape, times: dict[str, list[float]], *, each: int,
 
 
 def _process_bytes() -> int:
-    """Main memory of a shard's process at work, less the keys that it holds, in Ray started anew."""
+    """Main memory of a shard's process at work, less the keys that it holds."""
     shape = Shape(1)
     with _sharded(shape, WORKING_KEYS) as memory:
         memory.add(draw(shape, WORKING_KEYS, 0))
