@@ -1,6 +1,6 @@
 """What a second process is worth in training: tokens a second of two gloo ranks with a core each, against one rank.
 
-    python benchmarks/distributed_training.py [--preset laptop] [--processes 2] [--rounds 12] [--parallel ddp]
+    python benchmarks/distributed_training.py [--preset laptop] [--processes 2] [--rounds 40] [--parallel ddp]
 
 It starts itself under torchrun, a process on every core. They take turns in rounds: some steps of all processes
 together, then as many of the first one alone while the others sleep, with the same global batch, memories filled
@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=None, help="of all processes together; default: the preset's")
     parser.add_argument("--parallel", default="ddp", choices=("ddp", "fsdp"))
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--steps", type=int, default=STEPS_OF_A_ROUND, help="steps of a round")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-write", action="store_true", help="print only")
