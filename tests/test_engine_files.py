@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from recollect.memory_backends.atomic import atomic_folder
 from recollect.suites.engines import EngineError, Losses, make_engine
 from recollect.suites.engines.files import Mirror, Needed, lay_down, list_needed, read_array, relocate, take_in
 from recollect.suites.engines.machines import Machine, apart, check_versions, choose_kind, name_machines, unlike
@@ -122,6 +124,32 @@ def test_a_mirror_gives_results_in_the_order_of_their_writing(tmp_path: Path) ->
     assert not (output / "a-cell").exists()
     with pytest.raises(ValueError, match="outside"):
         take_in(output, "../elsewhere", b"")
+
+
+def test_a_training_state_travels_as_a_whole(tmp_path: Path) -> None:
+    worked, output = tmp_path / "worked", tmp_path / "output"
+    state = worked / "checkpoints" / "a" / "training"
+    mirror = Mirror(worked, whole=("training",))
+    for step in (1, 2):
+        with atomic_folder(state) as folder:
+            (folder / "rows0-2").mkdir()
+            (folder / "rows0-2" / "memory").write_text(f"memory of step {step}", encoding="utf-8")
+            if step == 1:
+                (folder / "old").write_text("only once", encoding="utf-8")
+            (folder / "state.json").write_text(f"step {step}", encoding="utf-8")
+            assert list(mirror.changes()) == [], "what is being written is nobody's yet"
+        ((name, content),) = mirror.changes()
+        assert name == "checkpoints/a/training"
+        take_in(output, name, content)
+        there = output / "checkpoints" / "a" / "training"
+        assert (there / "state.json").read_text() == f"step {step}"
+        assert (there / "rows0-2" / "memory").read_text() == f"memory of step {step}"
+    assert not (there / "old").exists()
+    shutil.rmtree(state)
+    ((name, content),) = mirror.changes()
+    assert (name, content) == ("checkpoints/a/training", None)
+    take_in(output, name, content)
+    assert not there.exists()
 
 
 def test_only_like_machines_measure_together() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,10 +20,13 @@ import filelock
 import numpy as np
 from numpy.typing import NDArray
 
-from recollect.memory_backends.atomic import PARTIAL, write_bytes
+from recollect.memory_backends.atomic import PARTIAL, atomic_folder, write_bytes
 
 Moves = Sequence[tuple[str, str]]
 """Paths of one machine and what stands for them on another, longest first."""
+
+Content = bytes | dict[str, bytes] | None
+"""Of a file; of a folder's files by name; None for what is gone."""
 
 LAID_DOWN = ".laid-down.json"
 """In a folder of files that travelled: the digest of each."""
@@ -69,12 +73,15 @@ def list_needed(paths: Iterable[Path]) -> tuple[Needed, ...]:
 
 
 def _files(path: Path) -> Iterator[Path]:
+    """The files below a folder, or the file itself; what is hidden, and folders that are being written, left out."""
     if path.is_file():
         yield path
         return
-    for file in path.rglob("*"):
-        if file.is_file() and not file.name.startswith(".") and not file.name.endswith(PARTIAL):
-            yield file
+    for place, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith(".") and not name.endswith(PARTIAL):
+                yield Path(place, name)
 
 
 @lru_cache(maxsize=100_000)
@@ -152,53 +159,84 @@ class Mirror:
 
     Args:
         folder: what lies in it now counts as known.
+        whole: names of folders in it whose files belong together: they change, and are given, as one.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, whole: Sequence[str] = ()) -> None:
         self.folder = folder
+        self.whole = frozenset(whole)
         self._known = self._scan()
 
-    def changes(self) -> Iterator[tuple[str, bytes | None]]:
-        """(path below the folder, content) of each new or changed file, the oldest first; None for what is gone.
+    def changes(self) -> Iterator[tuple[str, Content]]:
+        """(path below the folder, content) of what is new or changed, the oldest first; None for what is gone.
 
         Results are written after what they name, so whoever writes these in order never has one without the other.
         """
         now = self._scan()
-        changed = [name for name, mark in now.items() if self._known.get(name) != mark]
-        for name in sorted(changed, key=lambda name: now[name][1]):
-            try:
-                content = (self.folder / name).read_bytes()
-            except FileNotFoundError:  # gone since: the next look tells
-                del now[name]
+        changed = [name for name, marks in now.items() if self._known.get(name) != marks]
+        for name in sorted(changed, key=lambda name: max(mark[2] for mark in now[name])):
+            content = self._read(name, [mark[0] for mark in now[name]])
+            if content is None:  # replaced or gone since: the next look tells
+                now[name] = self._known.get(name, ())
                 continue
             yield name, content
-        gone = [name for name in self._known if name not in now]
+        gone = [name for name, marks in self._known.items() if marks and name not in now]
         self._known = now
         for name in gone:
             yield name, None
 
-    def _scan(self) -> dict[str, tuple[int, int]]:
-        found = {}
+    def _read(self, name: str, parts: Sequence[str]) -> Content:
+        """A file's content, or that of a folder's files by name; None where it is no longer what was looked at."""
+        place = self.folder / name
+        try:
+            if parts == [""]:
+                return place.read_bytes()
+            # Such a folder is replaced by a rename: while it is the same one, so are all its files.
+            before = place.stat().st_ino
+            found = {part: (place / part).read_bytes() for part in parts}
+            return found if place.stat().st_ino == before else None
+        except OSError:
+            return None
+
+    def _scan(self) -> dict[str, tuple[tuple[str, int, int], ...]]:
+        """What there is: of each file, and of all files of a folder that counts as one, name in it, bytes and time."""
+        found: dict[str, list[tuple[str, int, int]]] = {}
         for file in _files(self.folder):
+            parts = file.relative_to(self.folder).parts
+            cut = next((place for place, part in enumerate(parts[:-1], 1) if part in self.whole), len(parts))
             try:
                 status = file.stat()
-            except FileNotFoundError:
+            except OSError:
                 continue
-            found[file.relative_to(self.folder).as_posix()] = (status.st_size, status.st_mtime_ns)
-        return found
+            mark = ("/".join(parts[cut:]), status.st_size, status.st_mtime_ns)
+            found.setdefault("/".join(parts[:cut]), []).append(mark)
+        return {name: tuple(sorted(marks)) for name, marks in found.items()}
 
 
-def take_in(folder: Path, name: str, content: bytes | None) -> None:
+def take_in(folder: Path, name: str, content: Content) -> None:
     """Writes what a `Mirror` gave below `folder`, whole or not at all; None removes it.
 
     Raises:
         OSError: it cannot be written.
         ValueError: the name leads out of the folder.
     """
+    place = _inside(folder, name)
+    if content is None and place.is_dir():
+        shutil.rmtree(place)
+    elif content is None:
+        place.unlink(missing_ok=True)
+    elif isinstance(content, bytes):
+        write_bytes(place, content)
+    else:
+        with atomic_folder(place) as temporary:
+            for part, own in content.items():
+                target = _inside(temporary, part)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(own)
+
+
+def _inside(folder: Path, name: str) -> Path:
     place = (folder / name).resolve()
     if not place.is_relative_to(folder.resolve()):
         raise ValueError(f"a machine sent a file named {name!r}, which lies outside {folder}")
-    if content is None:
-        place.unlink(missing_ok=True)
-    else:
-        write_bytes(place, content)
+    return place

@@ -11,6 +11,7 @@ import hashlib
 import os
 import platform
 import queue
+import secrets
 import shutil
 import signal
 import tempfile
@@ -19,6 +20,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from recollect.model.training_state import FOLDER as TRAINING_STATE
 
 from ..environment import training_digest
 from ..processes import Event, WorkerProcess
@@ -106,10 +109,11 @@ def run_order(order: Mapping[str, Any], node: str, fetch: Fetch) -> Iterator[Eve
     folder, mirror = output, None
     if not shared:
         _remove_stale(scratch.parent)
-        folder = scratch / "orders" / _short(order["log"])
+        # A folder of its own: a process of an earlier try may still be writing into that one's.
+        folder = scratch / "orders" / f"{_short(order['log'])}-{secrets.token_hex(4)}"
         moves = _ordered([*moves, (str(output), str(folder))])
         lay_down(order["resumes"], folder, [(str(output), str(folder))], fetch)
-        mirror = Mirror(folder)
+        mirror = Mirror(folder, whole=(TRAINING_STATE,))
     log = Path(relocate(order["log"], [(str(output), str(folder))]))
     task = relocate(order["task"], moves)
     here = order["machines"][node]

@@ -29,6 +29,8 @@ ROOM_SECONDS = 900.0
 """How long a task may wait for room while nothing else of the run is going on."""
 SILENCE_SECONDS = 120.0
 """After so long without a sign of life a task is given up as lost; it gives one every few seconds."""
+ORPHAN_SECONDS = 2.0
+"""A process ends within a second of the task over it; what it was at is not begun again before."""
 CANCEL_SECONDS = 8.0
 """How long a task has to end its process before it is killed."""
 
@@ -389,6 +391,7 @@ class RayEngine(Engine):
             return {"event": "died", "reason": f"on {placed}: {_first_words(error.cause or error)}"}
         if isinstance(error, (exceptions.TaskUnschedulableError, exceptions.RuntimeEnvSetupError)):
             raise EngineError(f"no machine of the cluster can run it: {_first_words(error)}") from error
+        time.sleep(ORPHAN_SECONDS)
         return {"event": "lost", "reason": f"{placed or 'the task'} was lost: {_first_words(error)}"}
 
 
