@@ -49,10 +49,11 @@ FILLED_AT_ONCE = 65_536
 
 
 def predict(backend: str, keys: int, shards: int, calibration: Calibration, costs: ClusterCosts) -> ClusterBackend:
-    """The plan of one machine with as many cores as there are shards."""
+    """The plan of a step over so many shards."""
     memory = int(psutil.virtual_memory().total)
     asked = Question(keys=keys, dim=DIM, machine_bytes=memory, queries=QUERIES, k=K, backends=(backend,), values="none")
-    question = ClusterQuestion(asked, machines=1, machine_cores=shards * calibration.threads, network=NO_NETWORK)
+    # A machine for each shard, so that there are as many as are asked for.
+    question = ClusterQuestion(asked, machines=shards, machine_cores=calibration.threads, network=NO_NETWORK)
     (found,) = plan_on_cluster(question, calibration, costs, []).backends
     if found.reason:
         raise SystemExit(f"{backend} cannot be planned: {found.reason}")
@@ -130,7 +131,7 @@ def compare(plan: ClusterBackend, measured: dict[str, Any], costs: ClusterCosts)
         }
         for name, one in predicted.items()
     }
-    exactly = {"moved_bytes": plan.moved.between_processes, "shard_bytes": plan.machine_memory // plan.shards}
+    exactly = {"moved_bytes": plan.moved.between_processes, "shard_bytes": plan.machine_memory}
     for name, value in exactly.items():
         figures[name] = {"predicted": value, "measured": truth[name], "ratio": value / truth[name]}
     return figures

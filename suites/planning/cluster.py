@@ -27,7 +27,7 @@ from .question import Question
 DEFAULT_NETWORK = 10e9 / 8
 """Bytes a second between machines: 10 Gbit/s."""
 BUSY = 0.7
-"""Share of its time that a shard may be busy: beyond it calls wait for each other."""
+"""Share of its time that a shard, or the process that asks, may be busy: beyond it calls wait for each other."""
 MORE = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0)
 """Times the fewest machines that hold a copy: sizes of a copy that are tried."""
 MOST_MACHINES = 10_000_000
@@ -106,8 +106,10 @@ class ClusterBackend:
         calls: seconds that sharding itself takes in a step.
         network: seconds that the bytes of a step take on the network.
         step: all of it.
-        busy: share of its time that a shard works at the wanted rate; None where none is.
-        callers: processes that ask and append, at the wanted rate: what sharding takes is their time.
+        loads: seconds of a step's search, which copies divide, and of its appends, which each makes: of a shard, and of
+            the process that asks a copy.
+        busy: share of its time that a shard works at the wanted rate, and that the process that asks does; None where
+            no rate is wanted.
         most_steps: steps a second that all copies together can take.
         enough: whether that is what was wanted.
         recall: what is known.
@@ -132,8 +134,8 @@ class ClusterBackend:
     calls: Estimate | None = None
     network: float = 0.0
     step: Estimate | None = None
-    busy: float | None = None
-    callers: int = 1
+    loads: tuple[tuple[float, float], ...] = ()
+    busy: tuple[float, ...] | None = None
     most_steps: float = 0.0
     enough: bool = True
     recall: Recall | None = None
@@ -263,11 +265,19 @@ class _Planner:
         self.calls = calls
         self.laws = laws_of(spec, calibration)
         self.placement = placements_of(spec)[0]
-        self.per_machine = max(1, question.machine_cores // calibration.threads)
+        most = max(1, question.machine_cores // calibration.threads)
+        # Fewer shards than a machine has room for make fewer calls.
+        self.per_machine = sorted({most, *(2**power for power in range(most.bit_length()))})
 
     def plan(self) -> ClusterBackend:
         """The cheapest way that does what is asked; where none does, the one that comes nearest."""
         tried = list(self._ways())
+        if not tried:
+            least = bytes_text(self._machine_memory(MOST_MACHINES, 1)[0])
+            raise PlanError(
+                f"no number of machines with {bytes_text(self.asked.machine_bytes)} of main memory holds it: what "
+                f"remains of a share is {least}, the process of its shard among it. Give more --machine-memory"
+            )
         working = [one for one in tried if one.fits and one.enough]
         if not working:
             return max(tried, key=lambda one: (one.fits, one.most_steps, -one.all_machines))
@@ -277,46 +287,46 @@ class _Planner:
 
     def _ways(self) -> Iterator[ClusterBackend]:
         """Sizes and numbers of copies that are worth a look."""
+        for here in self.per_machine:
+            yield from self._ways_with(here)
+
+    def _ways_with(self, here: int) -> Iterator[ClusterBackend]:
         given = self.question.machines
         if given is not None:
             most = 1 if self.question.queries_per_second is None else min(given, MOST_COPIES)
             for copies in range(1, most + 1):
-                yield self.of(given // copies, copies)
+                yield self.of(given // copies, copies, here)
             return
-        fewest = self._fewest()
-        for machines in dict.fromkeys(math.ceil(fewest * times) for times in MORE):
+        fewest = self._fewest(here)
+        for machines in dict.fromkeys(math.ceil(fewest * times) for times in MORE) if fewest else ():
             if machines <= max(fewest, self.asked.keys):
-                one = self.of(machines, 1)
+                one = self.of(machines, 1, here)
                 copies = self._copies_for(one)
-                yield one if copies == 1 else self.of(machines, copies)
+                yield one if copies == 1 else self.of(machines, copies, here)
 
-    def _fewest(self) -> int:
-        """Machines that hold one copy."""
+    def _fewest(self, here: int) -> int:
+        """Machines that hold one copy with so many shards on each; 0 where no number of them does."""
         low, high = 0, 1
-        while not self._fits(high):
+        while not self._fits(high, here):
             low, high = high, 2 * high
             if high > MOST_MACHINES:
-                raise PlanError(
-                    f"no number of machines with {bytes_text(self.asked.machine_bytes)} of main memory holds it: what "
-                    f"remains of a share is {bytes_text(self._machine_memory(high)[0])}, the processes of its "
-                    f"{self.per_machine} shards among it. Give more --machine-memory, or fewer --machine-cores"
-                )
+                return 0
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if self._fits(middle) else (middle, high)
+            low, high = (low, middle) if self._fits(middle, here) else (middle, high)
         return high
 
-    def _fits(self, machines: int) -> bool:
-        return self._machine_memory(machines)[0] <= self.asked.machine_bytes
+    def _fits(self, machines: int, here: int) -> bool:
+        return self._machine_memory(machines, here)[0] <= self.asked.machine_bytes
 
-    def _shards(self, machines: int) -> tuple[int, int]:
+    def _shards(self, machines: int, here: int) -> tuple[int, int]:
         """S, and the keys of each memory in the fullest shard."""
-        shards = min(self.asked.keys, machines * self.per_machine)
+        shards = min(self.asked.keys, machines * here)
         return shards, -(-self.asked.keys // shards)
 
-    def _machine_memory(self, machines: int) -> tuple[int, bool]:
+    def _machine_memory(self, machines: int, here: int) -> tuple[int, bool]:
         """Bytes of main memory of a machine, and whether the index is among them."""
-        shards, keys = self._shards(machines)
+        shards, keys = self._shards(machines, here)
         sizes = {"memories": self.asked.memories, "keys": keys, "dim": self.asked.dim}
         planned = bytes_of(self.spec, self.placement, **sizes)
         index = planned.index
@@ -328,16 +338,19 @@ class _Planner:
     def _copies_for(self, one: ClusterBackend) -> int:
         """Copies of a size that take the wanted rate together; 1 where no number of them does."""
         rate = self.question.steps_per_second
-        if rate is None or one.search is None or one.append is None:
+        if rate is None:
             return 1
-        room = BUSY - rate * one.append.value
         # Each copy takes all appends, so where these alone are too many, further copies do not help.
-        return max(1, math.ceil(rate * one.search.value / room - ROUNDING)) if room > 0 else 1
+        needed = [1]
+        for divided, repeated in one.loads:
+            room = BUSY - rate * repeated
+            needed.append(math.ceil(rate * divided / room - ROUNDING) if room > 0 else 1)
+        return max(needed)
 
-    def of(self, machines: int, copies: int) -> ClusterBackend:
-        """Figures of one way."""
+    def of(self, machines: int, copies: int, here: int) -> ClusterBackend:
+        """Figures of one way, with `here` shards on a machine."""
         asked, rate = self.asked, self.question.steps_per_second
-        shards, keys = self._shards(machines)
+        shards, keys = self._shards(machines, here)
         cost = cost_of_memory(
             self.spec,
             self.calibration,
@@ -360,11 +373,13 @@ class _Planner:
             shards=shards,
             machines=machines,
         )
-        calls = self.calls.search.at(shards, moved.queries * shards + moved.answers)
-        calls += self.calls.append.at(shards, moved.keys)
+        asking = self.calls.search.at(shards, moved.queries * shards + moved.answers)
+        appending = self.calls.append.at(shards, moved.keys)
+        calls = asking + appending
+        loads = ((search.value, append.value), (asking.value, appending.value))
         network = (moved.sent + moved.received) / self.question.network
-        memory, index_known = self._machine_memory(machines)
-        most = copies * BUSY / (search.value + copies * append.value)
+        memory, index_known = self._machine_memory(machines, here)
+        most = min(copies * BUSY / (divided + copies * repeated) for divided, repeated in loads)
         recall = recall_of(self.spec, self.calibration, keys)
         return ClusterBackend(
             spec=self.spec,
@@ -382,8 +397,8 @@ class _Planner:
             calls=calls,
             network=network,
             step=search + append + calls + Estimate(network, network, network, 1.0),
-            busy=None if rate is None else rate * (search.value / copies + append.value),
-            callers=1 if rate is None else max(1, math.ceil(rate * calls.value / BUSY - ROUNDING)),
+            loads=loads,
+            busy=None if rate is None else tuple(rate * (part / copies + whole) for part, whole in loads),
             most_steps=most,
             enough=rate is None or rate <= most * (1 + ROUNDING),
             recall=recall,

@@ -84,10 +84,11 @@ def _where_time_goes(one: ClusterBackend) -> Iterator[str]:
         f"calling the shards and merging {_range(one.calls)}, and the network {seconds_text(one.network)} for "
         f"{bytes_text(one.moved.sent)} sent and {bytes_text(one.moved.received)} received"
     )
-    if one.callers > 1:
+    if one.busy is not None:
+        shard, asking = (100 * share for share in one.busy)
         yield (
-            f"calling the shards keeps {one.callers:,} processes that ask busy at that rate: share the questions out "
-            "among as many"
+            f"at that rate a shard is busy for {shard:.0f} % of its time, and the process that asks a copy for "
+            f"{asking:.0f} %"
         )
     yield f"a machine that is lost has its keys again on another after {seconds_text(one.refill_seconds)}"
 
@@ -101,9 +102,11 @@ def cluster_assumptions(plan: ClusterPlan, calibration: Calibration, costs: Clus
     """Everything that the figures rest on."""
     asked, question = plan.question.asked, plan.question
     threads = calibration.threads
+    most_shards = max(1, question.machine_cores // threads)
+    shards = f"{most_shards} shard{'s' if most_shards > 1 else ''}"
     yield (
         f"a shard works at the speed of {plan.calibration}; a machine of {question.machine_cores} "
-        f"core{'s' if question.machine_cores > 1 else ''} has {max(1, question.machine_cores // threads)} shards, each "
+        f"core{'s' if question.machine_cores > 1 else ''} has at most {shards}, each "
         f"with {threads} thread{'s' if threads > 1 else ''}, that do not slow each other down, and works as fast as "
         "the one that was measured"
     )
@@ -127,8 +130,8 @@ def cluster_assumptions(plan: ClusterPlan, calibration: Calibration, costs: Clus
         "searched one after another in a shard"
     )
     yield (
-        f"a shard is kept busy for at most {100 * BUSY:.0f} % of its time; copies of everything share the questions "
-        "out and each takes all new keys"
+        f"a shard, and the one process that asks a copy, are kept busy for at most {100 * BUSY:.0f} % of their time; "
+        "copies of everything share the questions out and each takes all new keys"
     )
     yield (
         f"main memory of a machine is that of its shards' keys and indexes, and {bytes_text(costs.process_bytes)} for "
