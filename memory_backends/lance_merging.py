@@ -89,14 +89,14 @@ def merge(
     return Merged(tuple(runs))
 
 
-def run_to_merge(fragments: list[Any]) -> int:
+def run_to_merge(fragments: list[Any], *, large: int = LARGE_BYTES) -> int:
     """How many of the last fragments are to be merged: FAN_OUT or more of about one size, or none.
 
-    Sizes are compared by the power of FAN_OUT that their bytes reach.
+    Sizes are compared by the power of FAN_OUT that their bytes reach; from `large` bytes on they stay as they are.
     """
     levels = []
     for metadata in reversed(fragments):
-        if is_large(metadata):
+        if size_of(metadata) >= large:
             break
         level, size = 0, size_of(metadata)
         while size >= FAN_OUT:

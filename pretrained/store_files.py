@@ -20,6 +20,8 @@ from recollect.pretrained.store_rows import About, Row
 
 SECONDS_BETWEEN_CLEANINGS = 60.0
 """While documents are written: a version for each would make every commit dearer."""
+LARGE_BYTES = 4 << 20
+"""Of a file that is not merged: to write a long document again costs more than its file of its own."""
 SECONDS_FOR_READERS = 3600.0
 """On an object store, where no lock says who reads: older versions than this go when a writer is done."""
 
@@ -141,7 +143,7 @@ class StoreFiles:
         self.about = about
 
     def _merge_small(self) -> None:
-        run = lance_merging.run_to_merge(self._fragments())
+        run = lance_merging.run_to_merge(self._fragments(), large=LARGE_BYTES)
         if run:
             self._rewrite(self.dataset.get_fragments()[-run:])
             if time.monotonic() - self._cleaned > SECONDS_BETWEEN_CLEANINGS:
