@@ -147,7 +147,11 @@ def write_rows(place: Place, dataset: Any, batches: Iterable[Any], schema: Any, 
 
     Returns:
         The metadata of the new fragments.
+
+    Raises:
+        StoreMissing: the store was deleted.
     """
+    check_there(place)
     pyarrow, fragment = importlib.import_module("pyarrow"), importlib.import_module("lance.fragment")
     reader = pyarrow.RecordBatchReader.from_batches(schema, iter(batches))
     fragments: list[Any] = ask(
@@ -192,8 +196,10 @@ def commit_only(place: Place, dataset: Any, schema: Any, fragments: list[Any]) -
         The new version's dataset.
 
     Raises:
+        StoreMissing: the store was deleted.
         WriteConflict: somebody has committed since; nothing was changed.
     """
+    check_there(place)
     lance = import_lance()
     # An overwrite without retries is Lance's only commit that is never merged with what others committed meanwhile.
     # Numbered here, since releases before 14 take the fragments' numbers as they are, and new ones all have 0.
@@ -229,14 +235,19 @@ def metadata_of(dataset: Any) -> dict[str, str]:
     return {_text(name): _text(value) for name, value in found.items()}
 
 
+def check_there(place: Place) -> None:
+    """Raises StoreMissing if an open store of this machine was deleted: Lance would write to the place all the same."""
+    if place.folder is not None and not (place.folder / "_versions").is_dir():
+        raise StoreMissing(f"{place} was deleted while it was open: make it again, or bring it back from a copy")
+
+
 def newest(place: Place, dataset: Any) -> Any:
     """The newest version of the same dataset.
 
     Raises:
         StoreMissing: it was deleted meanwhile.
     """
-    if place.folder is not None and not (place.folder / "_versions").is_dir():
-        raise StoreMissing(f"{place} was deleted while it was open: make it again, or bring it back from a copy")
+    check_there(place)
 
     def checkout() -> Any:
         latest = dataset.latest_version

@@ -186,6 +186,17 @@ def test_a_reader_keeps_its_version_while_others_write(tmp_path: Path) -> None:
                 older.append(vectors(1, 1))
 
 
+def test_nothing_is_appended_to_a_log_that_was_deleted(tmp_path: Path) -> None:
+    log = KeyLog.create(tmp_path / "log", num_memories=1, capacity=8, dim=2)
+    log.append(torch.randn(1, 3, 2))
+    shutil.rmtree(tmp_path / "log")
+    with pytest.raises(StoreMissing, match="was deleted"):
+        log.append(torch.randn(1, 3, 2))
+    with pytest.raises(StoreMissing, match="was deleted"):
+        log.reset()
+    assert not (tmp_path / "log").exists()
+
+
 @pytest.mark.parametrize("address", ["memory://a-log", "file"])
 def test_addresses_do_as_folders_do(address: str, tmp_path: Path) -> None:
     uri = address if address != "file" else (tmp_path / "a log").as_uri()
