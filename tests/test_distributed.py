@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny_model, tiny_text
 
 from recollect.memory_backends import make_backend
 from recollect.memory_backends.assembling import Piece, assemble_backend
@@ -18,7 +19,6 @@ from recollect.model.rank_errors import is_lost
 from recollect.model.shared_evaluation import merge_losses, rows_of
 from recollect.model.shared_optimizers import deal
 from recollect.model.trunk import compute_trunk
-from tests.tiny import tiny_model, tiny_text
 
 
 def test_rows_are_dealt_in_order() -> None:

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from distributed_worker import tiny_options
+from tiny import write_tiny_checkpoint
 
 from recollect.model.checkpoints import load_checkpoint
 from recollect.model.evaluation import evaluate
 from recollect.model.training import LOG, train
-from tests.distributed_worker import tiny_options
-from tests.tiny import write_tiny_checkpoint
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch was built without gloo")
