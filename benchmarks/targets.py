@@ -131,11 +131,19 @@ def ray_shards(content: Mapping[str, Any]) -> Iterable[Target]:
             yield Target(f"keys lost where a process is killed, {row['where']}, {where}", 0, lost)
 
 
+def distributed_training(content: Mapping[str, Any]) -> Iterable[Target]:
+    """Two processes with a core each, beside one, at one global batch."""
+    if content["processes"] == 2:
+        name = f"tokens a second of two ranks / of one, `{content['preset']}`, {content['parallel']}"
+        yield Target(name, 1.7, (content["ratio"],), above=True)
+
+
 READERS: dict[str, Callable[[Mapping[str, Any]], Iterable[Target]]] = {
     "exact_search": exact_search,
     "streams": streams,
     "large_memory": large_memory,
     "ray_shards": ray_shards,
+    "distributed_training": distributed_training,
 }
 
 

@@ -15,9 +15,12 @@ settings.register_profile("thorough", parent=settings.get_profile("default"), ma
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_running() -> Iterator[None]:
-    """Keeps Ray and its processes alive from one test to the next: starting them takes seconds."""
+    """Keeps Ray and its processes alive from one test to the next: starting them takes seconds.
+
+    Not beyond a module: others start a Ray of their own, or want none.
+    """
     from recollect.memory_backends import make_backend
 
     with make_backend("ray:shards=3", num_memories=1, capacity=4, dim=2):

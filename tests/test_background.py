@@ -112,6 +112,14 @@ def test_abandoned_jobs_end_at_the_next_checkpoint_and_others_never_begin() -> N
 
 
 def test_an_interrupt_while_waiting_leaves_the_job_as_it_is() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
+    try:
+        interrupted_while_waiting()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def interrupted_while_waiting() -> None:
     job, _, go_on = held()
     main = threading.main_thread().ident
     assert main is not None

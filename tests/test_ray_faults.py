@@ -280,9 +280,10 @@ def processes_in(folder: Path) -> list[psutil.Process]:
 
 
 OWN = """
-import ray, subprocess, sys, torch
+import ray, signal, subprocess, sys, torch
 from recollect.memory_backends import make_backend
 from recollect.memory_backends.ray_session import SESSION
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
 mine = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
 ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, _temp_dir={folder!r})
 with make_backend("ray:shards=2", num_memories=1, capacity=100, dim=8) as memory:
