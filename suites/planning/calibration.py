@@ -150,22 +150,46 @@ def shipped_path() -> Path:
     return Path(str(files("recollect.suites.planning") / "calibration.json"))
 
 
+def read_measured(path: Path, kind: str, version: int, *, missing: str, other: str, measure: str) -> dict[str, Any]:
+    """What a file of measured costs holds.
+
+    Args:
+        path: the file.
+        kind, version: the `format` and `version` that it must name.
+        missing: what is said, before its path, where there is none.
+        other: what is said, after its path, where it is something else.
+        measure: how to get one.
+
+    Raises:
+        PlanError: it is missing, unreadable, or of another format or version.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PlanError(f"{missing} {path}: {measure}") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path} is not readable JSON ({error}): remove it, or {measure}") from None
+    if not isinstance(content, dict) or content.get("format") != kind:
+        raise PlanError(f"{path} {other}: name another file, or {measure}")
+    if content.get("version") != version:
+        raise PlanError(f"{path} has version {content.get('version')!r}, and this release reads {version}: {measure}")
+    return content
+
+
 def read_calibration(path: Path) -> Calibration:
     """The calibration in a file.
 
     Raises:
         PlanError: it is missing, or no calibration of this version.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PlanError(f"there is no calibration {path}: {MEASURE}") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise PlanError(f"{path} is not readable JSON ({error}): remove it, or {MEASURE}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise PlanError(f"{path} is no calibration of recollect: name another file, or {MEASURE}")
-    if content.get("version") != VERSION:
-        raise PlanError(f"{path} has version {content.get('version')!r}, and this release reads {VERSION}: {MEASURE}")
+    content = read_measured(
+        path,
+        FORMAT,
+        VERSION,
+        missing="there is no calibration",
+        other="is no calibration of recollect",
+        measure=MEASURE,
+    )
     try:
         values = {item.name: content[item.name] for item in dataclasses.fields(Calibration) if item.name != "shipped"}
         values["points"] = [Point(**point) for point in values["points"]]

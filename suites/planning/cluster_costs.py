@@ -7,7 +7,6 @@ carrying queries, answers and keys, merging, and filling a shard again that was 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from recollect.model.token_cache import default_cache_directory
 
 from ..environment import commit_of, describe_machine, library_versions
 from .amounts import PlanError
-from .calibration import THE_SAME_MACHINE
+from .calibration import THE_SAME_MACHINE, read_measured
 from .laws import LEAST_SPREAD, Estimate
 
 FORMAT = "recollect-cluster-costs"
@@ -212,16 +211,14 @@ def read_costs(path: Path) -> ClusterCosts:
     Raises:
         PlanError: it is missing, or holds none of this version.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PlanError(f"there are no cluster costs {path}: {MEASURE}") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise PlanError(f"{path} is not readable JSON ({error}): remove it, or {MEASURE}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise PlanError(f"{path} holds no cluster costs of recollect: name another file, or {MEASURE}")
-    if content.get("version") != VERSION:
-        raise PlanError(f"{path} has version {content.get('version')!r}, and this release reads {VERSION}: {MEASURE}")
+    content = read_measured(
+        path,
+        FORMAT,
+        VERSION,
+        missing="there are no cluster costs",
+        other="holds no cluster costs of recollect",
+        measure=MEASURE,
+    )
     try:
         values = {item.name: content[item.name] for item in dataclasses.fields(ClusterCosts) if item.name != "shipped"}
         values["points"] = [CallPoint(**point) for point in values["points"]]
