@@ -19,12 +19,15 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.ge
 def ray_running() -> Iterator[None]:
     """Keeps Ray and its processes alive from one test to the next: starting them takes seconds.
 
-    Not beyond a module: others start a Ray of their own, or want none.
+    Not beyond a module: others start a Ray of their own, or want none. What tests left open, or what waits in a cycle
+    for the garbage collector, does not keep it running either.
     """
     from recollect.memory_backends import make_backend
+    from recollect.memory_backends.ray_session import SESSION
 
     with make_backend("ray:shards=3", num_memories=1, capacity=4, dim=2):
         yield
+    SESSION.end()
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,7 @@ ray = pytest.importorskip("ray")
 
 from ray.cluster_utils import Cluster  # noqa: E402
 
+from recollect.memory_backends.ray_session import SESSION  # noqa: E402
 from recollect.suites import comparison  # noqa: E402
 from recollect.suites.ablation import runner  # noqa: E402
 from recollect.suites.ablation.options import AblateOptions  # noqa: E402
@@ -72,6 +73,8 @@ POINTS = "[recollect.memory_backends]\nkilled-once = killed:KilledOnce\ntask-kil
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A corpus, a checkpoint, and backends that are killed once, importable here and on every node."""
+    SESSION.end()  # of memories that other modules' tests left open
+    assert not ray.is_initialized(), "these tests start a Ray of their own"
     folder = tmp_path_factory.mktemp("sweep")
     corpus = tiny.write_tiny_corpus(folder / "corpus")
     tiny.write_tiny_checkpoint(folder / "checkpoint", corpus)
