@@ -5,8 +5,9 @@ every choice that a model has), then ratios measured side by side: exact search 
 top-k, faiss and cuVS; indexes that live on the card; a training step with memory against the step without, also
 compiled; and memory attached to a pretrained model against the model alone. Ratios with a target are printed against
 it. It takes some eight minutes on a card, two of them to compile and tune kernels, which are kept on disk. The results
-go to benchmarks/results/gpu_check-CARD.json with the date. `--device cpu --small` rehearses it anywhere, the kernels
-in Triton's interpreter.
+go to benchmarks/results/gpu_check-CARD.json with the date, after every part. `--parts` runs some of them and leaves the
+others' results in that file as they are. `--device cpu --small` rehearses it anywhere, the kernels in Triton's
+interpreter.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ if "cpu" in sys.argv:
 import torch
 import torch.nn.functional as functional
 from attached_memory import measure as measure_attached
-from gpu_search import TARGET_SIZE, TARGETS, check_fused, side_by_side, time_indexes, time_search
+from gpu_search import TARGET_SIZE, TARGETS, check_fused, fixed_tiles, side_by_side, time_indexes, time_search
+from gpu_tiles import time_tiles
 from rich.console import Console
 
 from recollect.memory_backends import BackendUnavailable, UnsupportedOperation, list_backends, make_backend
@@ -55,11 +57,15 @@ def check_backends(device: torch.device, *, small: bool) -> list[dict[str, Any]]
         spec = info.sweep[0 if info.name == "rerank" else -1]
         try:
             backend = make_backend(spec, num_memories=4, capacity=capacity, dim=64, device=device)
+            with fixed_tiles():
+                backend.add(keys.to(device))
+                result = backend.search(queries.to(device), 32)
         except (BackendUnavailable, UnsupportedOperation) as error:
             rows.append({"spec": spec, "status": "skipped", "reason": str(error)})
             continue
-        backend.add(keys.to(device))
-        result = backend.search(queries.to(device), 32)
+        except Exception as error:  # of a library that this project could not run before
+            rows.append({"spec": spec, "status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]})
+            continue
         found = backend.gather_keys(result.slots).cpu()
         true_scores = torch.einsum("mqd,mqkd->mqk", queries, found).masked_fill(result.slots.cpu() < 0, -torch.inf)
         recall = float((true_scores >= kth_score - 1e-4).float().mean())
@@ -114,7 +120,8 @@ def time_training_step(
     config = ModelConfig.preset(preset)
     torch.manual_seed(0)
     model = MemorizingTransformer(config).to(device)
-    tokens = torch.randint(config.vocabulary_size, (rows, config.segment_length), device=device)
+    # Other tokens at every step, as in training: what is read again a segment later makes twins of the memory's keys.
+    tokens = torch.randint(config.vocabulary_size, (4 * (rounds + 2), rows, config.segment_length), device=device)
     start = torch.zeros(rows, dtype=torch.bool, device=device)
     run = torch.compile(model) if compiled else model
     functions: dict[str, Callable[[], Any]] = {}
@@ -125,14 +132,16 @@ def time_training_step(
             memory.append(
                 functional.normalize(torch.randn(shape, device=device), dim=-1), torch.randn(shape, device=device)
             )
-        held = {"state": state}
+        held = {"state": state, "steps": 0}
 
         def step(held: dict[str, Any] = held) -> None:
+            read = tokens[held["steps"] % len(tokens)]
             with torch.autocast(device.type, torch.bfloat16):
-                output = run(tokens, held["state"], start)
-                loss = functional.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+                output = run(read, held["state"], start)
+                loss = functional.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), read[:, 1:].flatten())
             loss.backward()
             held["state"] = output.state
+            held["steps"] += 1
             model.zero_grad()
 
         functions[str(size)] = step
@@ -147,7 +156,10 @@ def time_training_step(
     }
 
 
-def tried(measurement: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+PARTS = ("kernels", "backends", "gradients", "tiles", "search", "indexes", "training_step", "attached_memory")
+
+
+def tried(measurement: Callable[[], Any]) -> Any:
     """A measurement that may fail on a machine it never ran on, without taking the others along."""
     try:
         return measurement()
@@ -176,14 +188,17 @@ def time_attached(device: torch.device, *, small: bool) -> list[dict[str, Any]]:
 def verdicts(results: dict[str, Any]) -> list[str]:
     """A line for each ratio that has a target, where it was measured at the sizes that the target is for."""
     lines = []
-    search = results["search"][0]
+    parts = {name: rows for name, rows in results.items() if isinstance(rows, list)}  # a part that failed is no list
+    search = parts.get("search", [{}])[0]
     at_size = (search.get("memories"), search.get("keys"), search.get("queries"), search.get("dim")) == TARGET_SIZE
     for name, (target, side) in TARGETS.items():
-        value = search["ratios"].get(name) if at_size else None
+        value = search["ratios"].get(name) if at_size and "ratios" in search else None
         if value is not None:
             met = value <= target if side == "at most" else value >= target
             lines.append(f"{name}: {value:.3g}, {side} {target:g}: {'met' if met else 'missed'}")
-    for step in results["training_step"] if at_size else []:
+    for step in parts.get("training_step", []):
+        if step.get("preset") != "paper":
+            continue
         for size, value in step.get("ratio_to_no_memory", {}).items():
             if size in STEP_TARGETS:
                 met = "met" if value <= STEP_TARGETS[size] else "missed"
@@ -195,7 +210,9 @@ def verdicts(results: dict[str, Any]) -> list[str]:
 def failures(results: dict[str, Any]) -> list[str]:
     """What did not hold, or did not run though it should have."""
     parts = {name: value if isinstance(value, list) else [value] for name, value in results.items()}
-    parts["gradients"] = [{"of": name, **row} for name, row in results["gradients"].items()]
+    gradients = results.get("gradients", {})
+    if "status" not in gradients:
+        parts["gradients"] = [{"of": name, **row} for name, row in gradients.items()]
     return [
         f"{name}: {json.dumps(row)[:600]}"
         for name, rows in parts.items()
@@ -209,6 +226,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="sizes that any machine finishes in seconds")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled training step")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="only these")
     parser.add_argument(
         "--output", type=Path, help="default: benchmarks/results/gpu_check-CARD.json; '-' writes nothing"
     )
@@ -222,7 +240,12 @@ def main() -> int:
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     console = Console(stderr=True)
     started = datetime.datetime.now(datetime.UTC)
-    results: dict[str, Any] = {
+    slug = "".join(letter if letter.isalnum() else "-" for letter in card.lower()).strip("-")
+    output = None if str(arguments.output) == "-" else arguments.output or RESULTS / f"gpu_check-{slug}.json"
+    results: dict[str, Any] = {}
+    if output is not None and output.exists() and set(arguments.parts) != set(PARTS):
+        results = json.loads(output.read_text(encoding="utf-8"))
+    about = {
         "date": started.isoformat(timespec="seconds"),
         "card": card,
         "torch": torch.__version__,
@@ -239,6 +262,7 @@ def main() -> int:
         "kernels": lambda: check_fused(device, small=small),
         "backends": lambda: check_backends(device, small=small),
         "gradients": lambda: {name: check_gradients(device, choices) for name, choices in CHOICES.items()},
+        "tiles": lambda: time_tiles(device, *(search_sizes[0] if small else (8, *TARGET_SIZE[1:]))),
         "search": lambda: [
             tried(lambda m=m, c=c, q=q, d=d: time_search(device, memories=m, keys=c, queries=q, dim=d, rounds=rounds))
             for m, c, q, d in search_sizes
@@ -251,16 +275,18 @@ def main() -> int:
         "attached_memory": lambda: time_attached(device, small=small),
     }
     for name, measure in parts.items():
+        if name not in arguments.parts:
+            continue
         with console.status(f"{name} ..."):
             begun = datetime.datetime.now(datetime.UTC)
-            results[name] = measure()
-        console.print(f"{name}: {(datetime.datetime.now(datetime.UTC) - begun).total_seconds():.0f} s")
-    results["seconds"] = (datetime.datetime.now(datetime.UTC) - started).total_seconds()
-    results["verdicts"] = verdicts(results)
+            results[name] = tried(measure)
+        seconds = (datetime.datetime.now(datetime.UTC) - begun).total_seconds()
+        console.print(f"{name}: {seconds:.0f} s")
+        results.setdefault("measured", {})[name] = {**about, "seconds": seconds}
+        results["verdicts"] = verdicts(results)
+        if output is not None:
+            write_json(output, results)
     print(json.dumps(results, indent=1))
-    if str(arguments.output) != "-":
-        slug = "".join(letter if letter.isalnum() else "-" for letter in card.lower()).strip("-")
-        write_json(arguments.output or RESULTS / f"gpu_check-{slug}.json", results)
     found = failures(results)
     for line in [*results["verdicts"], *(f"FAILED {failure}" for failure in found)]:
         console.print(line, markup=False, highlight=False)

@@ -58,8 +58,10 @@ def _sum(numbers: Tensor) -> float:
         return float(numbers.numpy().sum())
 
 
-def check_vectors(vectors: Tensor, which: Tensor, *, what: str, dim: int, device: torch.device) -> Tensor:
-    """Keys or queries (M', any, D) as float32 on `device`, every value finite."""
+def check_vectors(
+    vectors: Tensor, which: Tensor, *, what: str, dim: int, device: torch.device, finite: bool = True
+) -> Tensor:
+    """Keys or queries (M', any, D) as float32 on `device`, every value finite unless that is looked at later."""
     if not isinstance(vectors, Tensor):
         raise InvalidInput(f"{what} must be a torch tensor, got {type(vectors).__name__}")
     if vectors.dim() != 3 or vectors.shape[0] != len(which) or vectors.shape[2] != dim:
@@ -69,8 +71,15 @@ def check_vectors(vectors: Tensor, which: Tensor, *, what: str, dim: int, device
     if not vectors.is_floating_point():
         raise InvalidInput(f"{what} have type {vectors.dtype}; expected a floating type")
     prepared = vectors.detach().to(device=device, dtype=torch.float32)
+    if finite:
+        check_finite(prepared, what=what)
+    return prepared
+
+
+def check_finite(prepared: Tensor, *, what: str, total: Tensor | None = None) -> None:
+    """Refuses vectors that are not all finite; `total` is their sum, where it is known."""
     # A sum is one cheap pass and is not finite if any element is not; only then look at every element.
-    if prepared.numel() and not math.isfinite(_sum(prepared)) and not bool(torch.isfinite(prepared).all()):
+    known = 0.0 if not prepared.numel() else _sum(prepared) if total is None else float(total)
+    if not math.isfinite(known) and not bool(torch.isfinite(prepared).all()):
         bad = (~torch.isfinite(prepared)).nonzero()[0].tolist()
         raise NotFinite(f"{what} hold {float(prepared[tuple(bad)])} at index {bad}; every value must be finite")
-    return prepared

@@ -44,7 +44,6 @@ itself. Work in the background never takes this class's lock: its results are ta
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -55,9 +54,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from recollect.memory_backends.arguments import check_device, check_memories, check_vectors
+from recollect.memory_backends.arguments import check_device, check_finite, check_memories, check_vectors
 from recollect.memory_backends.budget import check_grown, check_planned
-from recollect.memory_backends.calls import closed_error, plain_tensors, reads, writes
+from recollect.memory_backends.calls import closed_error, full_precision, plain_tensors, reads, writes
 from recollect.memory_backends.declared import Declared
 from recollect.memory_backends.errors import (
     ClosedMemory,
@@ -81,7 +80,7 @@ from recollect.memory_backends.records import (
     Requirement,
     SearchResult,
 )
-from recollect.memory_backends.spec import format_spec, make_options, options_given
+from recollect.memory_backends.spec import format_spec, make_options, options_given, with_search_options
 from recollect.memory_backends.undo import Undo
 
 
@@ -186,6 +185,12 @@ class MemoryBackend(Declared, Numbered, ABC):
                 raise as_out_of_memory(error, doing) from error
             raise
 
+    @property
+    def checks_late(self) -> bool:
+        """Whether queries may be searched before it is known that they are finite; what is found is thrown away then.
+        For a search on a card, which takes any numbers and waits for its end anyway."""
+        return False
+
     # What a backend fills in ------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -226,6 +231,10 @@ class MemoryBackend(Declared, Numbered, ABC):
             storage=self.key_options.storage,
             keys_in=self.key_options.keys_in,
         )
+
+    def _read_from(self, ring: KeyRing) -> None:
+        """Reads keys where another backend keeps them, instead of a ring of its own; before any key is added."""
+        self.ring = ring
 
     def _set_search_options(self, changed: frozenset[str]) -> None:
         """Brings the index in line with `self.options`, of which the named ones were changed."""
@@ -325,7 +334,7 @@ class MemoryBackend(Declared, Numbered, ABC):
             kept = slots[:, -min(slots.shape[1], self.capacity) :]
             if self._norms is not None and norms is not None:
                 self._norms[which.to(self.device)[:, None], kept.to(self.device)] = norms[:, -kept.shape[1] :]
-            with _full_precision(self.device):
+            with full_precision(self.device):
                 self._add(self.ring.rounded(prepared[:, -kept.shape[1] :]).contiguous(), kept, which)
             indexed = True
             if self.key_options.max_bytes:
@@ -350,7 +359,9 @@ class MemoryBackend(Declared, Numbered, ABC):
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise InvalidInput(f"k is {k!r}; it must be a whole number of at least 1")
         which = check_memories(memories, self.num_memories)
-        prepared = check_vectors(queries, which, what="queries", dim=self.dim, device=self.device).contiguous()
+        late = self.checks_late
+        asked = check_vectors(queries, which, what="queries", dim=self.dim, device=self.device, finite=not late)
+        prepared, total = asked.contiguous(), asked.sum() if late else None
         if self._norms is not None:
             prepared = torch.nn.functional.normalize(prepared, dim=-1, eps=torch.finfo(torch.float32).tiny)
         shape = (*prepared.shape[:2], k)
@@ -359,8 +370,10 @@ class MemoryBackend(Declared, Numbered, ABC):
             scores = torch.full(shape, -torch.inf, device=queries.device)
             return SearchResult(scores, torch.full(shape, -1, dtype=torch.int64, device=queries.device))
         found = min(k, longest)
-        with _full_precision(self.device):
+        with full_precision(self.device):
             scores, slots = self._search(prepared, found, which)
+        if total is not None:
+            check_finite(asked, what="queries", total=total)
         if found < k:
             scores = torch.nn.functional.pad(scores, (0, k - found), value=-torch.inf)
             slots = torch.nn.functional.pad(slots, (0, k - found), value=-1)
@@ -410,15 +423,7 @@ class MemoryBackend(Declared, Numbered, ABC):
             InvalidSpec: an option is unknown or ill-typed.
             UnsupportedOperation: the option is fixed once the index is made.
         """
-        current = {field.name: getattr(self.options, field.name) for field in dataclasses.fields(self.options)}
-        changed = make_options(self.Options, {**current, **options}, name=self.name)
-        fixed = sorted(set(options) - set(self.search_options))
-        if fixed:
-            can = ", ".join(self.search_options) or "none"
-            raise UnsupportedOperation(
-                f"{self.name!r} can't change {', '.join(fixed)} once it is made (it can change: {can}); "
-                "make a new backend with make_backend"
-            )
+        changed = with_search_options(self.options, options, self.search_options, name=self.name)
         former, self.options = self.options, changed
         try:
             self._set_search_options(frozenset(options))
@@ -478,11 +483,6 @@ class MemoryBackend(Declared, Numbered, ABC):
         from recollect.memory_backends.storage import save_backend
 
         save_backend(self, Path(directory))
-
-
-def _full_precision(device: torch.device) -> torch.autocast:
-    """No autocast, in which a product would be taken in bfloat16 and neighbours be wrong in silence."""
-    return torch.autocast(device.type, enabled=False)
 
 
 __all__ = [

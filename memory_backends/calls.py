@@ -71,3 +71,8 @@ def _call(method: Callable[..., Result], backend: MemoryBackend, /, *arguments: 
 def closed_error(name: str) -> ClosedMemory:
     """What a closed backend answers with."""
     return ClosedMemory(f"this {name!r} memory is closed; make a new one, or load_backend() what was saved")
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """No autocast, in which a product would be taken in bfloat16 and neighbours be wrong in silence."""
+    return torch.autocast(device.type, enabled=False)

@@ -16,10 +16,10 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from recollect.memory_backends.errors import InvalidSpec
+from recollect.memory_backends.errors import InvalidSpec, UnsupportedOperation
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*\Z")
 _OPTION = re.compile(
@@ -94,6 +94,25 @@ def make_options(options_type: type, given: Mapping[str, Any], *, name: str) -> 
         raise
     except (TypeError, ValueError) as error:
         raise InvalidSpec(f"{name!r}: {error}") from error
+
+
+def with_search_options(options: Any, changes: Mapping[str, Any], can_change: Collection[str], *, name: str) -> Any:
+    """A backend's options with some of those changed that need no rebuild.
+
+    Raises:
+        InvalidSpec: an option is unknown or ill-typed.
+        UnsupportedOperation: an option is none of `can_change`.
+    """
+    current = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    changed = make_options(type(options), {**current, **changes}, name=name)
+    fixed = sorted(set(changes) - set(can_change))
+    if fixed:
+        can = ", ".join(can_change) or "none"
+        raise UnsupportedOperation(
+            f"{name!r} can't change {', '.join(fixed)} once it is made (it can change: {can}); "
+            "make a new backend with make_backend"
+        )
+    return changed
 
 
 def options_given(options: Any) -> dict[str, Any]:

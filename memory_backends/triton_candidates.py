@@ -36,6 +36,47 @@ def _ordered(bits: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _as_ordered(numbers: tl.tensor) -> tl.tensor:
+    """int64 numbers that rise with float32 ones; `_as_float` gives those back."""
+    return _ordered(numbers.to(tl.int32, bitcast=True)).to(tl.int64)
+
+
+@triton.jit
+def _as_float(order: tl.tensor) -> tl.tensor:
+    return _ordered(order.to(tl.int32)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _reached(
+    numbers: tl.tensor, few: tl.tensor, GROUPS: tl.constexpr, BLOCKS: tl.constexpr, QUERIES: tl.constexpr
+) -> tl.tensor:
+    """A bound (QUERIES,) that at least `few` of `numbers` (QUERIES, BLOCKS) reach, and seldom many more.
+
+    The lowest of the highest numbers of GROUPS groups is reached by as many; for numbers in random order it is not far
+    off, and bisection from there on takes a few steps, over the bits, so that one huge number does not make them many.
+    It stops a little early: a few candidates too many cost less.
+    """
+    # A group's numbers may be any, so they need not be moved.
+    grouped = tl.reshape(numbers, (QUERIES, GROUPS, BLOCKS // GROUPS), can_reorder=QUERIES == 1)
+    lowest = tl.min(tl.max(grouped, axis=2), axis=1)
+    low = tl.where(few <= GROUPS, _as_ordered(lowest), _LOWEST_INTEGER)
+    above = _as_ordered(tl.max(numbers, axis=1)) + 1
+    reaching = tl.sum((numbers >= _as_float(low)[:, None]).to(tl.int32), axis=1)
+    enough = few + few // 8 + 4
+    # The last bits of a score, a hundred-thousandth of it, are not worth a step either.
+    active = (reaching > enough) & (above - low > 128)
+    while tl.max(active.to(tl.int32), axis=0) > 0:
+        middle = low + ((above - low) >> 1)
+        number = tl.sum((numbers >= _as_float(middle)[:, None]).to(tl.int32), axis=1)
+        rise = active & (number >= few)
+        above = tl.where(active & (number < few), middle, above)
+        low = tl.where(rise, middle, low)
+        reaching = tl.where(rise, number, reaching)
+        active = (reaching > enough) & (above - low > 128)
+    return _as_float(low)
+
+
+@triton.jit
 def select_candidates(
     firsts: tl.tensor,
     seconds: tl.tensor,
@@ -53,9 +94,12 @@ def select_candidates(
     guard: tl.tensor,
     ROUNDS: tl.constexpr,
     SECOND: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     SINGLES: tl.constexpr,
     OPENED: tl.constexpr,
+    GROUPS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    MASKED: tl.constexpr,
     QUERIES: tl.constexpr,
 ) -> None:
     """Which keys may be among the best: the best key of a block, or all its keys. QUERIES queries to a program.
@@ -71,57 +115,55 @@ def select_candidates(
         query_bounds: (G * Q, 2): |q^|, or more, and |q - q^|.
         rows: (G,) int32, the memory of each group member.
         singles: (G * Q, SINGLES) int32 to write: slots. opened: (G * Q, OPENED) int32: the first slots of blocks.
-        counts: (G * Q, 3) int32: how many of either, and 1 where they did not fit or a number is too large.
+        counts: (G * Q, 3) int32, zero beforehand: how many of either, more where they did not fit; and 1 where a number
+            is too large.
         wanted: (G,) int32, K or the keys alive where they are fewer.
         total, count, blocks: G * Q, Q, N.
         guard: 1.0 for the proven margin, 0.0 for none.
+        HAS_BIAS: whether the third of `block_bounds` is other than zero.
+        GROUPS: as for `_reached`, at least the greatest of `wanted` where BLOCKS is.
+        MASKED: whether N is not BLOCKS, or G * Q not a multiple of QUERIES.
     """
     row = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     real = row < total
     group = row // count
     memory = tl.load(rows + group, mask=real, other=0).to(tl.int64)
     few = tl.load(wanted + group, mask=real, other=0)
+    length = tl.load(query_bounds + row * 2, mask=real, other=0.0)
+    error = tl.load(query_bounds + row * 2 + 1, mask=real, other=0.0)
     block = tl.arange(0, BLOCKS)[None, :]
-    inside = (block < blocks) & real[:, None]
-    at = row.to(tl.int64)[:, None] * blocks + block
-    first = tl.load(firsts + at, mask=inside, other=_LOWEST)
+    inside = (block < blocks) & real[:, None] if MASKED else None
+    row = row.to(tl.int64)
+    at = (row * blocks)[:, None] + block
+    first = tl.load(firsts + at, mask=inside, other=_LOWEST if MASKED else None)
     bounds = block_bounds + (memory * 3 * bound_blocks)[:, None] + block
-    length = tl.load(query_bounds + row * 2, mask=real, other=0.0)[:, None]
-    error = tl.load(query_bounds + row * 2 + 1, mask=real, other=0.0)[:, None]
-    key_error = tl.load(bounds, mask=inside, other=0.0)
-    norms = tl.load(bounds + bound_blocks, mask=inside, other=0.0)
-    bias_error = tl.load(bounds + 2 * bound_blocks, mask=inside, other=0.0)
-    epsilon = guard * (length * key_error + error * norms + bias_error)
-    too_large = tl.max((length + error) * (norms + key_error), axis=1) > _LARGEST_SCORE
-    too_large = too_large | (tl.max(bias_error, axis=1) > _LARGEST_BIAS_ERROR)
-    held = inside & (first > _HALF_LOWEST)
-    order = _ordered(tl.where(held, first - epsilon, _LOWEST).to(tl.int32, bitcast=True))
-    tau = tl.where(tl.sum((order >= 0).to(tl.int32), axis=1) >= few, 0, _LOWEST_INTEGER)
-    # The last bits are left zero: that makes tau lower by a hundred-thousandth, and so only more careful.
-    for step in range(24):
-        higher = tau + (1 << (30 - step))
-        tau = tl.where(tl.sum((order >= higher[:, None]).to(tl.int32), axis=1) >= few, higher, tau)
-    threshold = _ordered(tau).to(tl.float32, bitcast=True)[:, None]
-    single = held & (first + epsilon >= threshold)
-    open_count = tl.zeros((QUERIES,), dtype=tl.int32)
-    start = block // _LANES * (_LANES * ROUNDS) + block % _LANES
-    if SECOND:
-        second = tl.load(seconds + at, mask=inside, other=_LOWEST)
-        open_block = held & (second > _HALF_LOWEST) & (second + epsilon >= threshold)
-        single = single & (open_block == 0)
-        place = tl.cumsum(open_block.to(tl.int32), axis=1) - 1
-        into = opened + row.to(tl.int64)[:, None] * OPENED + place
-        tl.store(into, start + tl.zeros_like(place), mask=open_block & (place < OPENED))
-        open_count = tl.sum(open_block.to(tl.int32), axis=1)
-    slot = start + (first.to(tl.int32, bitcast=True) & (ROUNDS - 1)) * _LANES
-    place = tl.cumsum(single.to(tl.int32), axis=1) - 1
-    tl.store(singles + row.to(tl.int64)[:, None] * SINGLES + place, slot, mask=single & (place < SINGLES))
-    single_count = tl.sum(single.to(tl.int32), axis=1)
-    too_few = tl.sum(held.to(tl.int32), axis=1) < few
-    failed = too_large | (single_count > SINGLES) | (open_count > OPENED) | too_few
-    tl.store(counts + row * 3, tl.minimum(single_count, SINGLES), mask=real)
-    tl.store(counts + row * 3 + 1, tl.minimum(open_count, OPENED), mask=real)
+    key_error = tl.load(bounds, mask=inside, other=0.0 if MASKED else None)
+    norms = tl.load(bounds + bound_blocks, mask=inside, other=0.0 if MASKED else None)
+    epsilon = (guard * length)[:, None] * key_error + (guard * error)[:, None] * norms
+    failed = (length + error) * tl.max(norms + key_error, axis=1) > _LARGEST_SCORE
+    if HAS_BIAS:
+        bias_error = tl.load(bounds + 2 * bound_blocks, mask=inside, other=0.0 if MASKED else None)
+        epsilon += guard * bias_error
+        failed = failed | (tl.max(bias_error, axis=1) > _LARGEST_BIAS_ERROR)
+    # Where a block holds no key, `first` lies far below any score, and so does all that is made of it.
+    threshold = _reached(first - epsilon, few, GROUPS, BLOCKS, QUERIES)
+    failed = failed | ((few > 0) & (threshold < _HALF_LOWEST))
     tl.store(counts + row * 3 + 2, failed.to(tl.int32), mask=real)
+    threshold = tl.maximum(threshold, _HALF_LOWEST)[:, None]
+    single = first + epsilon >= threshold
+    own_counts = (counts + row * 3)[:, None]
+    start = block // _LANES * (_LANES * ROUNDS) + block % _LANES
+    # Few of many are taken, each to the next free place, in any order: a running count of all would cost far more.
+    none = tl.zeros_like(block + row[:, None]).to(tl.int32)
+    if SECOND:
+        second = tl.load(seconds + at, mask=single, other=_LOWEST)
+        open_block = single & (second + epsilon >= threshold)
+        single = single & (open_block == 0)
+        place = tl.atomic_add(own_counts + 1 + none, 1, mask=open_block, sem="relaxed")
+        tl.store((opened + row * OPENED)[:, None] + place, start + none, mask=open_block & (place < OPENED))
+    slot = start + (first.to(tl.int32, bitcast=True) & (ROUNDS - 1)) * _LANES
+    place = tl.atomic_add(own_counts + none, 1, mask=single, sem="relaxed")
+    tl.store((singles + row * SINGLES)[:, None] + place, slot, mask=single & (place < SINGLES))
 
 
 @triton.jit
@@ -158,6 +200,7 @@ def score_candidates(
     singles: tl.tensor,
     opened: tl.tensor,
     counts: tl.tensor,
+    any_failed: tl.tensor,
     candidates: tl.tensor,
     count: tl.tensor,
     capacity: tl.tensor,
@@ -174,7 +217,8 @@ def score_candidates(
 
     Args:
         queries: (G, Q, D) float32; keys: (M, C, D), any floating type; rows, lengths: as for `scan_blocks`.
-        singles, opened, counts: of `select_candidates`.
+        singles, opened, counts: of `select_candidates`; a query whose candidates did not fit is marked there.
+        any_failed: (1,) int32, set to 1 where any query is marked.
         candidates: (G * Q, SINGLES + OPENED * ROUNDS) int64 to write: the singles, then the keys of opened blocks,
             without a gap; what follows is left as it is.
         BLOCK_C, MEMBERS: singles, and keys of an opened block, that are read at a time; MEMBERS divides ROUNDS.
@@ -188,13 +232,18 @@ def score_candidates(
     asked = tl.load(queries + row.to(tl.int64) * D + depth, mask=depth < D, other=0.0)
     into = candidates + row.to(tl.int64) * (SINGLES + OPENED * ROUNDS)
     single_count = tl.load(counts + row * 3)
+    open_count = tl.load(counts + row * 3 + 1)
+    if (tl.load(counts + row * 3 + 2) > 0) | (single_count > SINGLES) | (open_count > OPENED):
+        tl.store(counts + row * 3 + 2, 1)
+        tl.store(any_failed, 1)
+    single_count = tl.minimum(single_count, SINGLES)
     for first in range(0, single_count, BLOCK_C):
         number = first + tl.arange(0, BLOCK_C)
         here = number < single_count
         slot = tl.load(singles + row.to(tl.int64) * SINGLES + number, mask=here, other=0)
         tl.store(into + number, _score_slots(keys, asked, slot, here, D, P, DISTANCE), mask=here)
     member = tl.arange(0, MEMBERS)
-    for number in range(tl.load(counts + row * 3 + 1)):
+    for number in range(tl.minimum(open_count, OPENED)):
         block_start = tl.load(opened + row.to(tl.int64) * OPENED + number)
         for first in range(0, ROUNDS, MEMBERS):
             slot = block_start + (first + member) * _LANES
@@ -203,60 +252,49 @@ def score_candidates(
 
 
 @triton.jit
-def _best_of(
-    candidates: tl.tensor,
-    stored: tl.tensor,
-    few: tl.tensor,
-    best: tl.tensor,
-    real: tl.tensor,
-    WIDTH: tl.constexpr,
-    K: tl.constexpr,
-) -> None:
-    """Writes the `few` highest of `stored` candidates, in any order, by bisection on the integers themselves."""
-    number = tl.arange(0, WIDTH)[None, :]
-    found = tl.load(candidates[:, None] + number, mask=number < stored[:, None], other=_NO_CANDIDATE)
-    zero = tl.zeros_like(stored).to(tl.int64)
-    tau = tl.where(tl.sum((found >= 0).to(tl.int32), axis=1) >= few, zero, zero + _NO_CANDIDATE)
-    for step in range(63):
-        higher = tau + ((zero + 1) << (62 - step))
-        tau = tl.where(tl.sum((found >= higher[:, None]).to(tl.int32), axis=1) >= few, higher, tau)
-    # Candidates differ, since their slots do: exactly `few` of them reach tau.
-    kept = (found >= tau[:, None]) & (found > _NO_CANDIDATE) & real[:, None]
-    place = tl.cumsum(kept.to(tl.int32), axis=1) - 1
-    tl.store(best[:, None] + place, found, mask=kept & (place < K))
-
-
-@triton.jit
 def keep_best(
     candidates: tl.tensor,
     counts: tl.tensor,
-    wanted: tl.tensor,
-    best: tl.tensor,
+    scores: tl.tensor,
+    slots: tl.tensor,
     total: tl.tensor,
-    count: tl.tensor,
     K: tl.constexpr,
     ROUNDS: tl.constexpr,
     SINGLES: tl.constexpr,
     OPENED: tl.constexpr,
-    NARROW: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDTH: tl.constexpr,
     QUERIES: tl.constexpr,
 ) -> None:
-    """The K best candidates of each query, in any order. QUERIES queries to a program.
+    """The K best candidates of each query, falling; among equal scores the lowest slot first. QUERIES to a program.
 
     Args:
-        candidates: of `score_candidates`; counts: of `select_candidates`; wanted: (G,) int32, K or the keys alive.
-        best: (G * Q, K) int64 to write, `NO_CANDIDATE` beforehand.
-        total, count: G * Q, Q.
-        NARROW, WIDE: powers of two; all candidates fit into WIDE, those of most queries into NARROW.
+        candidates: of `score_candidates`; changed here. counts: of `select_candidates`.
+        scores, slots: (G * Q, K) float32 and int64 to write; -inf and -1 beyond the candidates.
+        total: G * Q.
+        WIDTH: candidates sorted at once, a power of two of at least 2 K; those of most queries fit into it.
     """
     row = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     real = row < total
-    few = tl.load(wanted + row // count, mask=real, other=0)
-    stored = tl.load(counts + row * 3, mask=real, other=0) + tl.load(counts + row * 3 + 1, mask=real, other=0) * ROUNDS
-    candidates += row.to(tl.int64) * (SINGLES + OPENED * ROUNDS)
-    best += row.to(tl.int64) * K
-    if tl.max(stored, axis=0) <= NARROW:
-        _best_of(candidates, stored, few, best, real, NARROW, K)
-    else:
-        _best_of(candidates, stored, few, best, real, WIDE, K)
+    single_count = tl.minimum(tl.load(counts + row * 3, mask=real, other=0), SINGLES)
+    stored = single_count + tl.minimum(tl.load(counts + row * 3 + 1, mask=real, other=0), OPENED) * ROUNDS
+    row = row.to(tl.int64)
+    own = (candidates + row * (SINGLES + OPENED * ROUNDS))[:, None]
+    number = tl.arange(0, WIDTH)[None, :]
+    found = tl.load(own + number, mask=number < stored[:, None], other=_NO_CANDIDATE)
+    found = tl.sort(found, dim=1, descending=True)
+    HALF: tl.constexpr = WIDTH // 2
+    longest = tl.max(stored, axis=0)
+    # More than fit at once: the best half so far, and so many more, again and again.
+    for begin in range(WIDTH, longest, HALF):
+        tl.store(own + number, found, mask=(number < HALF) & real[:, None])
+        tl.debug_barrier()  # what one thread wrote another reads
+        at = tl.where(number < HALF, number, begin + number - HALF)
+        found = tl.load(own + at, mask=((number < HALF) | (at < stored[:, None])) & real[:, None], other=_NO_CANDIDATE)
+        found = tl.sort(found, dim=1, descending=True)
+        tl.debug_barrier()
+    none = found == _NO_CANDIDATE
+    score = _ordered((found >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
+    wanted = (number < K) & real[:, None]
+    tl.store((scores + row * K)[:, None] + number, tl.where(none, float("-inf"), score), mask=wanted)
+    slot = tl.where(none, -1, _SLOT_BITS - (found & _SLOT_BITS))
+    tl.store((slots + row * K)[:, None] + number, slot, mask=wanted)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from recollect.memory_backends.key_ring import KeyRing
 from recollect.memory_backends.ring_search import search_ring
-from recollect.memory_backends.triton_keys import LANES, FirstPass, TritonKeys, encode
+from recollect.memory_backends.triton_keys import LANES, FirstPass, TritonKeys
 
 FEWEST_KEYS = 4096
 """Below this many keys alive plain torch takes the search: its scores are small, and the launches of the kernels are
@@ -39,20 +39,27 @@ LARGEST_K = 256
 LARGEST_INDEX = 2**31 - 1
 """Offsets within a memory are 32-bit."""
 
-MAXIMA_BYTES = 64 << 20
-"""Block maxima that are held at once: about what the cache of a large card holds."""
+MAXIMA_BYTES = 128 << 20
+"""Block maxima that are held at once. More than the cache of a card holds, since to launch the kernels of many groups
+takes the host as long as they take the card."""
 
-GROUP_SHARE = 8
-"""... and at most this part of the memories is searched at once, where there are so many."""
+SELECT_LAUNCH = {"num_warps": 2, "maxnreg": 128}
+"""How a program is launched that selects the candidates of one query among up to 2048 blocks."""
+
+SCORE_WARPS = 4
+"""Warps that score the candidates of one query."""
 
 NARROW = 128
-"""Candidates of most queries, at least."""
+"""Candidates that are sorted at once, at least: those of most queries."""
 
 MOST_BLOCKS = 8192
 """Blocks of a memory at most: one program of `select_candidates` holds them."""
 
 LONGEST_BLOCK = 32
 """Keys in a block, while that leaves no more than MOST_BLOCKS blocks."""
+
+MOST_CANDIDATES = 2048
+"""Room for candidates of a query where blocks may be opened for every neighbour."""
 
 OVERSAMPLED = 2
 """Candidates for each neighbour where they are taken without a margin."""
@@ -87,6 +94,8 @@ def shape_for(
     """The shape for at most `keys` keys and k neighbours, with room for what `fewest` keys leave (`keys` when None).
 
     Enough blocks that the best keys seldom share one: of c keys that fall into N blocks at random, c^2 / 2N pairs do.
+    There is room for a pair of each neighbour all the same, up to MOST_CANDIDATES: text that comes again after a
+    multiple of LANES tokens makes them.
     """
     wanted = max(1024, 16 * power_of_two(k))
     rounds = min(LONGEST_BLOCK, max(2, power_of_two(keys // wanted + 1) // 2))
@@ -94,7 +103,12 @@ def shape_for(
         rounds *= 2
     candidates = k * (SINGLES[first_pass] if guard else 1.25 * OVERSAMPLED)
     pairs = candidates**2 / (2 * max(1, (fewest or keys) // rounds))
-    return Shape(rounds, power_of_two(int(candidates) + 32), power_of_two(int(4 + 2 * min(pairs, 1024 / rounds))))
+    singles = power_of_two(int(candidates) + 32)
+    opened = power_of_two(int(4 + 2 * min(pairs, 1024 / rounds)))
+    room = (MOST_CANDIDATES - singles) // rounds
+    while opened < k and 2 * opened <= room:
+        opened *= 2
+    return Shape(rounds, singles, opened)
 
 
 def power_of_two(number: int) -> int:
@@ -138,36 +152,56 @@ def triton_topk(
         return scores, torch.full(empty, -1, dtype=torch.int64, device=queries.device)
     shape = shape or shape_for(longest, k, keys.first_pass, guard=guard)
     search = _Search(keys, ring.stored, k, shape, guard=guard, open_blocks=open_blocks)
-    best = torch.full((*queries.shape[:2], k), search.kernels.NO_CANDIDATE, dtype=torch.int64, device=queries.device)
-    counts = torch.empty(*queries.shape[:2], 3, dtype=torch.int32, device=queries.device)
+    scores = torch.empty(*queries.shape[:2], k, device=queries.device)
+    slots = torch.empty(scores.shape, dtype=torch.int64, device=queries.device)
+    counts = torch.zeros(*queries.shape[:2], 3, dtype=torch.int32, device=queries.device)
     encoded = _encode_queries(keys, queries, memories)
     for begin, end in _groups(len(lengths), queries.shape[1], longest, shape):
         group = slice(begin, end)
         some = tuple(None if part is None else part[group] for part in encoded)
-        search.run(queries[group], some, memories[group], lengths[group], best[group], counts[group])
-    best = best.sort(-1, descending=True).values
-    found = best != search.kernels.NO_CANDIDATE
-    bits = (best >> 32).int()
-    scores = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32).masked_fill_(~found, -torch.inf)
-    slots = (search.kernels.SLOT_BITS - (best & search.kernels.SLOT_BITS)).masked_fill_(~found, -1)
-    _search_failed(ring, queries, k, memories, lengths, counts[..., 2], keys.is_distance, scores, slots)
+        found = scores[group], slots[group], counts[group]
+        search.run(queries[group], some, memories[group], lengths[group], *found)
+    if search.any_failed.item():
+        _search_failed(ring, queries, k, memories, lengths, counts[..., 2], keys.is_distance, scores, slots)
     return scores, slots
 
 
 def _encode_queries(keys: TritonKeys, queries: Tensor, memories: list[int]) -> tuple[Tensor, Tensor | None, Tensor]:
     """Images (M', Q, P), scales (M', Q) or None, and |q^| and |q - q^| (M', Q, 2) of what is compared with images."""
-    asked = queries
-    if keys.centres is not None:
-        rows = torch.tensor(memories).to(queries.device, non_blocking=True)
-        asked = 2 * (queries - keys.centres[rows][:, None])
-    codes, scales, norms, errors = encode(asked, keys.first_pass)
-    return codes.contiguous(), None if scales is None else scales.contiguous(), torch.stack((norms, errors), -1)
+    from recollect.memory_backends.triton_encoding import encode_queries
+
+    batch, device = queries.shape[:2], queries.device
+    kind = keys.images.dtype
+    codes = torch.empty(*batch, keys.depth, dtype=kind, device=device)
+    scales = None if keys.scales is None else torch.empty(batch, device=device)
+    bounds = torch.empty(*batch, 2, device=device)
+    rows = _numbers(tuple(memories), device)
+    several = max(1, (64 if interpreted() else 4) * 128 // keys.depth)
+    encode_queries[(-(-batch.numel() // several),)](
+        queries,
+        bounds if keys.centres is None else keys.centres,
+        rows,
+        codes,
+        bounds if scales is None else scales,
+        bounds,
+        batch.numel(),
+        batch[1],
+        D=queries.shape[2],
+        P=keys.depth,
+        HAS_CENTRE=keys.centres is not None,
+        HAS_SCALES=scales is not None,
+        LARGEST=float(torch.iinfo(kind).max if kind == torch.int8 else torch.finfo(kind).max),
+        ROUNDED=kind == torch.int8,
+        ROWS=power_of_two(several),
+        num_warps=4,
+    )
+    return codes, scales, bounds
 
 
 def _groups(memories: int, queries: int, longest: int, shape: Shape) -> list[tuple[int, int]]:
     """Runs of memories that are searched at once."""
     one = 2 * 4 * queries * (-(-longest // (LANES * shape.rounds)) * LANES)
-    step = max(1, min(MAXIMA_BYTES // one, -(-memories // GROUP_SHARE)))
+    step = max(1, MAXIMA_BYTES // one)
     return [(begin, min(memories, begin + step)) for begin in range(0, memories, step)]
 
 
@@ -205,6 +239,7 @@ class _Search:
         self.guard = guard
         self.open_blocks = open_blocks
         self.bounds = keys.bounds(shape.rounds)
+        self.any_failed = torch.zeros(1, dtype=torch.int32, device=raw.device)
 
     def run(
         self,
@@ -212,15 +247,17 @@ class _Search:
         encoded: tuple[Any, ...],
         memories: list[int],
         lengths: list[int],
-        best: Tensor,
+        scores: Tensor,
+        slots: Tensor,
         counts: Tensor,
     ) -> None:
-        """One group: queries (G, Q, D), and `_encode_queries` of them, into best (G, Q, k) and counts (G, Q, 3)."""
+        """One group: queries (G, Q, D), and `_encode_queries` of them, into scores and slots (G, Q, k) and counts
+        (G, Q, 3)."""
         keys, shape, device = self.keys, self.shape, queries.device
         group, count, dim = queries.shape
         blocks = -(-max(max(lengths), 1) // (LANES * shape.rounds)) * LANES
         reach = self.k if self.guard else OVERSAMPLED * self.k
-        rows, alive, wanted, reached = _on_device(tuple(memories), tuple(lengths), self.k, reach, device)
+        rows, alive, reached = _on_device(tuple(memories), tuple(lengths), reach, device)
         codes, scales, query_bounds = encoded
         firsts = torch.empty(group, count, blocks, device=device)
         seconds = torch.empty_like(firsts) if self.open_blocks else firsts
@@ -272,9 +309,12 @@ class _Search:
             self.bounds.shape[2],
             float(self.guard),
             SECOND=self.open_blocks,
+            HAS_BIAS=keys.bias is not None,
+            GROUPS=min(power_of_two(reach), most),
             BLOCKS=most,
+            MASKED=blocks != most or several > 1,
             QUERIES=several,
-            num_warps=4 if most <= 2048 else 8,
+            **(SELECT_LAUNCH if most <= 2048 else {"num_warps": 8}),
             **common,
         )
         candidates = torch.empty(group * count, shape.width, dtype=torch.int64, device=device)
@@ -286,6 +326,7 @@ class _Search:
             singles,
             opened,
             counts,
+            self.any_failed,
             candidates,
             count,
             keys.capacity,
@@ -294,35 +335,38 @@ class _Search:
             BLOCK_C=32,
             MEMBERS=min(32, shape.rounds),
             DISTANCE=keys.is_distance,
-            num_warps=4,
+            num_warps=SCORE_WARPS,
             **common,
         )
-        narrow = max(NARROW, power_of_two(2 * self.k))
-        several = 16 if interpreted() else max(1, 1024 // power_of_two(shape.width))
+        several = 16 if interpreted() else 1
         self.kernels.keep_best[(-(-group * count // several),)](
             candidates,
             counts,
-            wanted,
-            best,
+            scores,
+            slots,
             group * count,
-            count,
             K=self.k,
-            NARROW=min(narrow, power_of_two(shape.width)),
-            WIDE=power_of_two(shape.width),
+            WIDTH=max(NARROW, power_of_two(2 * self.k)),
             QUERIES=several,
-            num_warps=4,
+            num_warps=1,
             **common,
         )
 
 
 @functools.lru_cache(maxsize=64)
+def _numbers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Numbers as int32 on the device; the same at each step."""
+    return torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)
+
+
+@functools.lru_cache(maxsize=64)
 def _on_device(
-    memories: tuple[int, ...], lengths: tuple[int, ...], k: int, reach: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Memories, lengths, and neighbours to keep and to reach, (G,) int32 each; the same at each step once full."""
-    numbers = [memories, lengths, [min(k, length) for length in lengths], [min(reach, length) for length in lengths]]
-    rows, alive, wanted, reached = torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)
-    return rows, alive, wanted, reached
+    memories: tuple[int, ...], lengths: tuple[int, ...], reach: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Memories, lengths, and neighbours to reach, (G,) int32 each; the same at each step once full."""
+    numbers = [memories, lengths, [min(reach, length) for length in lengths]]
+    rows, alive, reached = torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)
+    return rows, alive, reached
 
 
 # Tiles of the scan ----------------------------------------------------------------------------------------------------
@@ -334,12 +378,9 @@ UNTUNED_TILES = {"BLOCK_Q": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 INTERPRETED_TILES = {"BLOCK_Q": 64, "BLOCK_N": 128}
 
 TILES = (
-    (128, 128, 8, 3),
-    (128, 128, 8, 4),
-    (128, 64, 8, 4),
-    (128, 64, 4, 4),
-    (64, 128, 4, 4),
     (64, 64, 4, 4),
+    (64, 32, 4, 4),
+    (128, 64, 8, 4),
     (16, 128, 4, 4),
 )
 """Queries and blocks of a tile, warps, stages: what is tried on a card, once for every kind of search."""

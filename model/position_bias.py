@@ -34,17 +34,26 @@ class RelativePositionBias(nn.Module):
         self.buckets = buckets
         self.max_distance = max_distance
         self.weight = nn.Parameter(torch.zeros(heads, buckets))
-        self._known: dict[tuple[int, int, torch.device], Tensor] = {}
+        self._known: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def forward(self, tokens: int, cached: int) -> Tensor:
-        """Bias (H, T, X+T) for T = `tokens` queries over X = `cached` older keys and the segment; the future: -inf."""
+        """Bias (H, T, X+T) for T = `tokens` queries over X = `cached` older keys and the segment; the future: -inf.
+
+        It is a view: rows overlap in memory, each a step further along the biases of all distances. To look up every
+        pair by itself costs little forward, but its gradient adds millions of numbers into a few, one after another.
+        """
         lookup = (tokens, cached, self.weight.device)
         if lookup not in self._known:
-            device = self.weight.device
-            queries = torch.arange(cached, cached + tokens, device=device)
-            distances = queries[:, None] - torch.arange(cached + tokens, device=device)[None, :]
-            buckets = relative_position_buckets(distances, self.buckets, self.max_distance)
-            # One bucket more than there are weights stands for the future.
-            self._known = {lookup: torch.where(distances < 0, self.buckets, buckets)}
-        future = self.weight.new_full((self.weight.shape[0], 1), -torch.inf)
-        return torch.cat([self.weight, future], dim=1)[:, self._known[lookup]]
+            self._known = {lookup: self._selection(tokens, cached)}
+        chosen, future = self._known[lookup]
+        # Products with zeros and ones, not an index, for the same reason; and exact, as a matrix product need not be.
+        falling = (self.weight[:, :, None] * chosen).sum(1) + future
+        return falling.unfold(-1, cached + tokens, 1).flip(1)
+
+    def _selection(self, tokens: int, cached: int) -> tuple[Tensor, Tensor]:
+        """Of all distances from the greatest down: a 1 at their bucket (buckets, X+2T-1), and -inf at the future's."""
+        distances = torch.arange(cached + tokens - 1, -tokens, -1, device=self.weight.device)
+        buckets = relative_position_buckets(distances, self.buckets, self.max_distance)
+        chosen = torch.nn.functional.one_hot(buckets, self.buckets).T.to(self.weight.dtype)
+        future = torch.zeros_like(chosen[0]).masked_fill(distances < 0, -torch.inf)
+        return chosen.masked_fill(distances < 0, 0.0), future

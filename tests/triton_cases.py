@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recollect.memory_backends import make_backend, triton_search, triton_topk
+from recollect.memory_backends import NotFinite, make_backend, triton_search, triton_topk
 from recollect.memory_backends.implementations.approx_topk import _fused_shape, buckets_for, expected_recall
 from recollect.memory_backends.key_ring import KeyRing
 from recollect.memory_backends.options import KeyStorage
@@ -285,6 +285,37 @@ def test_a_backend_uses_it_where_it_can(metric: str, monkeypatch: pytest.MonkeyP
         memory.add(vectors(1, 300, 16, seed=5), memories=[0])
     agree()
     assert served[3:] == [[1, 900]]  # the other memory is too short
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("spec", ["exact", "approx-topk:first_pass=int8"])
+def test_queries_that_are_not_finite_are_refused_after_the_search(
+    spec: str, number: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_search, "usable", lambda device: True)
+    monkeypatch.setattr(triton_search, "FEWEST_KEYS", 500)
+    memory = make_backend(spec, num_memories=1, capacity=900, dim=16)
+    memory.add(vectors(1, 900, 16))
+    assert memory.checks_late
+    queries = vectors(1, 8, 16, seed=1)
+    queries[0, 3, 5] = number
+    with pytest.raises(NotFinite, match=r"queries hold (nan|inf) at index \[0, 3, 5\]"):
+        memory.search(queries, 8)
+
+
+@pytest.mark.parametrize("source", ["exact", "approx-topk:recall_target=0.99"])
+def test_a_source_reads_the_keys_that_it_shares(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"num_memories": 1, "capacity": 900, "dim": 16}
+    plain = make_backend("exact", **settings)
+    monkeypatch.setattr(triton_search, "usable", lambda device: True)
+    monkeypatch.setattr(triton_search, "FEWEST_KEYS", 500)
+    chain = make_backend(f"rerank:source='{source}',candidates=16", **settings)
+    assert chain.source.fused is not None
+    for memory in (plain, chain):
+        memory.add(vectors(1, 1000, 16))
+    queries = vectors(1, 8, 16, seed=1)
+    one, other = (memory.search(queries, 8) for memory in (chain, plain))
+    assert (one.scores >= other.scores[..., -1:] - 1e-5).float().mean() > 0.95
 
 
 @pytest.mark.parametrize("first_pass", ["float16", "int8"])

@@ -17,9 +17,9 @@ from recollect.memory_backends.triton_topk import power_of_two, shape_for
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {
-    "fp32": "query_scales key_scales bias firsts seconds block_bounds query_bounds",
-    "i32": "rows lengths singles opened counts wanted",
-    "i64": "candidates best",
+    "fp32": "query_scales key_scales bias firsts seconds block_bounds query_bounds scores",
+    "i32": "rows lengths singles opened counts wanted any_failed",
+    "i64": "candidates slots",
 }
 POINTERS = {name: f"*{kind}" for kind, names in TYPES.items() for name in names.split()}
 
@@ -58,13 +58,19 @@ def main() -> None:
         print("scan_blocks", kind, "matrix units" if "wgmma" in code else "none")
     blocks = power_of_two(65536 // shape.rounds)
     for second in (True, False):
-        switches = {"SECOND": second, "BLOCKS": blocks, "QUERIES": 1}
+        switches = {
+            "SECOND": second,
+            "HAS_BIAS": not second,
+            "GROUPS": 32,
+            "BLOCKS": blocks,
+            "QUERIES": 1,
+            "MASKED": second,
+        }
         compiled(triton_candidates.select_candidates, {**rooms, **switches}, "fp32")
     for distance in (True, False):
         sizes = {"D": 100, "P": 128, "BLOCK_C": 32, "MEMBERS": min(32, shape.rounds), "DISTANCE": distance}
         compiled(triton_candidates.score_candidates, {**rooms, **sizes}, "fp32")
-    widths = {"K": 32, "NARROW": 128, "WIDE": power_of_two(shape.width), "QUERIES": 2}
-    compiled(triton_candidates.keep_best, {**rooms, **widths}, "fp32")
+    compiled(triton_candidates.keep_best, {**rooms, "K": 32, "WIDTH": 128, "QUERIES": 1}, "fp32", warps=1)
     print("candidates compiled")
 
 

@@ -29,6 +29,7 @@ from recollect.memory_backends import cpu_search
 from recollect.memory_backends.base import Capabilities, MemoryBackend
 from recollect.memory_backends.block_topk import select_top
 from recollect.memory_backends.errors import InvalidInput, InvalidSpec, UnsupportedOperation
+from recollect.memory_backends.key_ring import KeyRing
 from recollect.memory_backends.options import KeyStorageOptions
 from recollect.memory_backends.ring_search import search_ring
 from recollect.memory_backends.triton_keys import LANES as GPU_LANES
@@ -170,6 +171,15 @@ class ApproxTopK(MemoryBackend):
                 f"{'.'.join(map(str, OLDEST_CARD))} or above, with triton installed and room for {FEWEST_KEYS} to "
                 f"{MOST_KEYS} keys; this memory is on {str(self.device)!r} with capacity={self.capacity}: leave it out"
             )
+
+    @property
+    def checks_late(self) -> bool:
+        return self.fused is not None
+
+    def _read_from(self, ring: KeyRing) -> None:
+        super()._read_from(ring)
+        if self.fused is not None:
+            self.fused.ring = ring
 
     def _add(self, keys: Tensor, slots: Tensor, memories: Tensor) -> None:
         if self.fused is not None:

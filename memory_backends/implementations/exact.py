@@ -12,6 +12,7 @@ from torch import Tensor
 
 from recollect.memory_backends import cpu_search
 from recollect.memory_backends.base import Capabilities, MemoryBackend
+from recollect.memory_backends.key_ring import KeyRing
 from recollect.memory_backends.options import KeyStorageOptions
 from recollect.memory_backends.ring_search import search_ring
 from recollect.memory_backends.triton_search import FusedSearch
@@ -41,6 +42,15 @@ class Exact(MemoryBackend):
         if self.fused is not None:
             return "fused first pass (Triton), rescored in float32"
         return f"block maxima in torch, on {self.device.type}"
+
+    @property
+    def checks_late(self) -> bool:
+        return self.fused is not None
+
+    def _read_from(self, ring: KeyRing) -> None:
+        super()._read_from(ring)
+        if self.fused is not None:
+            self.fused.ring = ring
 
     def _add(self, keys: Tensor, slots: Tensor, memories: Tensor) -> None:
         if self.fused is not None:

@@ -156,19 +156,19 @@ class Ray(MemoryBackend):
         return StoreRing(self.options.store, self.num_memories, self.capacity, self.dim, gather)
 
     def _add(self, keys: Tensor, slots: Tensor, memories: Tensor) -> None:
-        self._use_ring()
         if isinstance(self.ring, StoreRing) and self.ring.due():
             self.ring.commit(self.ring.before)
         self.shards.append(keys, slots, memories)
         if isinstance(self.ring, StoreRing):
             self.ring.let_go(self.shards.needed_from(self.ring.totals))
 
-    def _use_ring(self) -> None:
-        if self.options.keys == "store" and not isinstance(self.ring, StoreRing):
+    def _read_from(self, ring: KeyRing) -> None:
+        if self.options.keys == "store":
             raise UnsupportedOperation(
                 f"{self.spec!r} keeps its keys in a store and cannot search those of another backend: take keys=caller"
             )
-        self.shards.use(self.ring)
+        super()._read_from(ring)
+        self.shards.use(ring)
 
     def _gather_from_shards(self, slots: Tensor, memories: Tensor) -> Tensor:
         """Keys (M', Q, K, D) at slots (M', Q, K), from the shards that hold them."""
@@ -219,7 +219,6 @@ class Ray(MemoryBackend):
         )
 
     def _reset(self, memories: Tensor) -> None:
-        self._use_ring()
         self.shards.reset(memories)
 
     def _recover(self, memories: Tensor) -> None:
@@ -231,7 +230,6 @@ class Ray(MemoryBackend):
     def _ask(self, method: str, arguments: Any, memories: Tensor | None = None, **how: Any) -> dict[int, Any]:
         """Asks all shards, by default about every memory and within the deadline of the options."""
         which = torch.arange(self.num_memories) if memories is None else memories
-        self._use_ring()
         return self.shards.ask(
             method, arguments, which, **{"deadline": self.options.deadline_seconds, "partial": False, **how}
         )

@@ -104,7 +104,11 @@ class Rerank(MemoryBackend):
         self.shares_keys = _reads_shared_keys(self.source.options)
         """Whether the source reads the keys where this backend keeps them."""
         if self.shares_keys:
-            self.source.ring = self.ring
+            try:
+                self.source._read_from(self.ring)
+            except BaseException:
+                self.source.close()
+                raise
 
     @classmethod
     def capabilities_with(cls, options: RerankOptions) -> Capabilities:
