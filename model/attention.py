@@ -14,6 +14,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from recollect.model.closed_form import normalise
+from recollect.model.compiling import eagerly
 from recollect.model.compressive import make_compression
 from recollect.model.configuration import ModelConfig
 from recollect.model.gates import Scores, make_gate
@@ -108,18 +109,20 @@ class Attention(nn.Module):
             log_scale = self.log_memory_scale if self.config.separate_memory_scale else self.log_scale
             with torch.autocast(hidden.device.type, enabled=False):
                 if stores_hidden:
-                    retrieved = cast(HiddenMemory, memory).attend(queries, log_scale.exp(), self._key_value_map())
+                    retrieved = eagerly(cast(HiddenMemory, memory).attend)(
+                        queries, log_scale.exp(), self._key_value_map()
+                    )
                 else:
-                    retrieved = cast(LayerMemory, memory).attend(queries, log_scale.exp())
+                    retrieved = eagerly(cast(LayerMemory, memory).attend)(queries, log_scale.exp())
                 uses = self.gate.uses_scores
                 # A constant for each head: it moves weight between the two attentions, never within the retrieved.
                 far = self.position_bias.weight[:, -1:, None] if self.config.memory_position_bias else 0.0
                 scores = Scores.of(near.logits, retrieved.logits + far, retrieved.found) if uses else None
             local = self.gate(local, retrieved.remembered.to(local.dtype), retrieved.found, hidden, scores)
             if stores_hidden:
-                cast(HiddenMemory, memory).append(hidden)
+                eagerly(cast(HiddenMemory, memory).append)(hidden)
             else:
-                cast(LayerMemory, memory).append(keys, values)
+                eagerly(cast(LayerMemory, memory).append)(keys, values)
         joined = self.output(local.transpose(1, 2).flatten(2))
         return joined, self.advance(state, keys, values, convolution, queries)
 

@@ -21,6 +21,7 @@ from recollect.memory_backends.base import MemoryBackend
 from recollect.memory_backends.registry import make_backend
 from recollect.model.attention import Attention, LayerState
 from recollect.model.closed_form import RootMeanSquareNorm, squared_relu
+from recollect.model.compiling import eagerly
 from recollect.model.configuration import ConfigurationError, ModelConfig
 from recollect.model.hidden_keys import AnyMemory, make_layer_memory
 from recollect.model.value_store import FLOAT32
@@ -373,7 +374,7 @@ class MemorizingTransformer(nn.Module):
         first = self.config.first_upper_layer
         by_layer = dict(zip(self.config.memory_layers, state.memories, strict=False))
         for memory in state.memories:
-            memory.reset_rows(document_starts)
+            eagerly(memory.reset_rows)(document_starts)
         after = []
         for number, layer_state in enumerate(state.layers, start=first):
             hidden, advanced = self.layers[number](hidden, layer_state.without(document_starts), by_layer.get(number))
