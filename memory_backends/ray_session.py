@@ -42,6 +42,7 @@ from recollect.memory_backends.ray_start import (
     watch,
     within,
 )
+from recollect.memory_backends.ray_token import Token
 
 LOCAL = "local"
 LOOPBACK = "127.0.0.1"
@@ -151,6 +152,7 @@ class Session:
         """Whether the connection is this session's own, to be ended with the last memory."""
         self._folder: Path | None = None
         self._watcher: subprocess.Popen[bytes] | None = None
+        self._token = Token()
         self._identity: tuple[str, str] | None = None
         self._process = 0
         """That connected: a fork of it ends nothing."""
@@ -289,7 +291,12 @@ class Session:
     def _init_local(self, folder: Path) -> None:
         import ray
 
-        with usual_signals(), environment(RAY_USAGE_STATS_ENABLED="0"), import_path():
+        with (
+            usual_signals(),
+            environment(RAY_USAGE_STATS_ENABLED="0"),
+            import_path(),
+            self._token.settled(own=True),
+        ):
             ray.init(
                 address=LOCAL,
                 include_dashboard=False,
@@ -310,7 +317,7 @@ class Session:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
 
         try:
-            with usual_signals():
+            with usual_signals(), self._token.settled(own=False):
                 within(join, deadline)
         except TimeoutError:
             raise Unreachable(
@@ -320,6 +327,7 @@ class Session:
         except Exception as error:
             with contextlib.suppress(Exception):
                 ray.shutdown()
+            self._token.end()
             raise Unreachable(
                 f"Ray at address={address!r} does not take this program in: {innermost(error)}. {remedy(error)}"
             ) from error
@@ -356,6 +364,7 @@ class Session:
     def _clean(self) -> None:
         self.address, self._connected = None, False
         self._ended.set()
+        self._token.end()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None

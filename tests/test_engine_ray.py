@@ -24,13 +24,15 @@ ray = pytest.importorskip("ray")
 
 from ray.cluster_utils import Cluster  # noqa: E402
 
+from recollect.memory_backends import make_backend  # noqa: E402
 from recollect.memory_backends.ray_session import SESSION  # noqa: E402
+from recollect.memory_backends.ray_token import mode  # noqa: E402
 from recollect.suites import comparison  # noqa: E402
 from recollect.suites.ablation import runner  # noqa: E402
 from recollect.suites.ablation.options import AblateOptions  # noqa: E402
 from recollect.suites.ablation.runner import ablate  # noqa: E402
 from recollect.suites.comparison import compare  # noqa: E402
-from recollect.suites.engines import Engine, EngineError, make_engine  # noqa: E402
+from recollect.suites.engines import Engine, EngineError, Order, make_engine, ray_engine, ray_waiting  # noqa: E402
 from recollect.suites.engines.ray_cluster import RayCluster  # noqa: E402
 from recollect.suites.engines.ray_engine import RayEngine  # noqa: E402
 from recollect.suites.options import CompareOptions  # noqa: E402
@@ -204,6 +206,43 @@ def test_a_grid_on_two_machines_gives_the_figures_of_one(
 def rows_of(grid: Path) -> dict[str, dict[str, Any]]:
     lines = (grid / "rows.jsonl").read_text(encoding="utf-8").splitlines()
     return {row["variant"]: row for row in map(json.loads, lines)}
+
+
+def test_what_a_former_ray_of_this_process_settled_is_forgotten(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with make_backend("ray:shards=1", num_memories=1, capacity=4, dim=2):
+        assert mode() == "token"
+    assert not [name for name in os.environ if name.startswith("RAY_AUTH_")]
+    assert not (tmp_path / ".ray").exists(), "a token outlived its Ray"
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # as this cluster has it
+    with separate("ray", output=tmp_path, threads=1, note=print, address=cluster.address) as engine:
+        assert mode() == "disabled"
+        engine.settle(None)  # hears of every machine, the way that it hears of orders
+        assert engine.places(alone=True, threads=1) == 2
+
+
+def test_a_cluster_whose_answers_do_not_arrive_is_told(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # wanted here of whoever calls, and the cluster's processes have none
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    monkeypatch.setattr(ray_waiting, "ARRIVAL_SECONDS", 0.5)
+    monkeypatch.setattr(ray_engine, "ORPHAN_SECONDS", 0.0)
+    with RayEngine(output=tmp_path, threads=1, note=print, address=cluster.address) as engine:
+        with pytest.raises(EngineError, match=r"node .* does not reach this program.*RAY_AUTH_MODE.*'token'"):
+            engine.settle(None)
+
+        def tell() -> Iterator[dict[str, str]]:
+            yield {"event": "end"}
+
+        stream = ray.remote(tell).options(num_returns="streaming").remote()
+        order = Order(task={}, output=tmp_path, threads=1, log=tmp_path / "log", timeout=1.0)
+        event = engine._listen(stream, order, print)
+    assert event["event"] == "lost"
+    assert "does not reach this program" in event["reason"]
 
 
 def test_ray_of_its_own_goes_on_with_a_local_run_and_leaves_nothing(

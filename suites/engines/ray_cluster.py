@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import logging
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -28,6 +27,7 @@ from recollect.memory_backends.ray_start import (
     short_folder,
     watch,
 )
+from recollect.memory_backends.ray_token import Token
 
 from . import CONNECT_SECONDS, EngineError
 
@@ -68,6 +68,7 @@ class RayCluster:
         self._folder: Path | None = None
         self._watcher: subprocess.Popen[bytes] | None = None
         self._connected = False
+        self._token = Token()
         self._former_handler: Any = None
 
     def start(self) -> None:
@@ -106,6 +107,7 @@ class RayCluster:
         if ray is not None and (self._connected or self._folder is not None) and ray.is_initialized():
             ray.shutdown()
         self._connected = False
+        self._token.end()
         for process in psutil.wait_procs(started, timeout=END_SECONDS)[1]:
             with contextlib.suppress(psutil.Error):
                 process.kill()
@@ -121,13 +123,10 @@ class RayCluster:
             self._watcher = None
 
     def _start_here(self, ray: Any) -> None:
-        if not any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
-            # Else Ray writes one into the home folder, which would outlive the run.
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         self._folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}-", dir=short_folder()))
         self._watcher = watch(self._folder)  # it removes the folder should this process be killed
         try:
-            with import_path():
+            with import_path(), self._token.settled(own=True):
                 ray.init(
                     address="local",  # whatever RAY_ADDRESS or a file of an earlier cluster says
                     include_dashboard=False,
@@ -148,7 +147,8 @@ class RayCluster:
         if address != "auto":
             self._await_answer(address)
         try:
-            with environment(RAY_gcs_rpc_server_reconnect_timeout_s=str(RECONNECT_SECONDS)):
+            reconnecting = environment(RAY_gcs_rpc_server_reconnect_timeout_s=str(RECONNECT_SECONDS))
+            with reconnecting, self._token.settled(own=False):
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:
             raise EngineError(

@@ -21,6 +21,7 @@ from .files import Needed, list_needed, read_array, take_in
 from .machines import Machine, apart, check_versions, choose_kind, name_machines, unlike
 from .node import describe_node, missing_here, remove_scratch, run_order
 from .ray_cluster import RayCluster, import_ray
+from .ray_waiting import await_first, is_mute, shut_off
 
 POLL_SECONDS = 0.25
 PROBE_SECONDS = 120.0
@@ -176,26 +177,31 @@ class RayEngine(Engine):
     def _on_each(
         self, nodes: Iterable[str], function: Any, *arguments: Any, seconds: float, gpus: float = 0.0
     ) -> dict[str, Any]:
-        """Calls a function on every node, beside whatever runs there; nodes that are lost meanwhile are left out."""
+        """Calls a function on every node, beside whatever runs there; nodes that are lost meanwhile are left out.
+
+        The function yields its answer, which then comes the same way as the events of orders.
+        """
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         remote = self._remote(function)
         asked = {}
         for node in self._alive(nodes):
             strategy = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-            asked[node] = remote.options(num_cpus=0, num_gpus=gpus, max_retries=2, scheduling_strategy=strategy).remote(
-                *arguments
-            )
-        _, waiting = self.ray.wait(list(asked.values()), num_returns=max(1, len(asked)), timeout=seconds)
+            asked[node] = remote.options(
+                num_returns="streaming", num_cpus=0, num_gpus=gpus, max_retries=2, scheduling_strategy=strategy
+            ).remote(*arguments)
+        waiting, mute = await_first(self.ray, list(asked.values()), seconds)
+        silent = ", ".join(node[:6] for node, stream in asked.items() if stream in (mute or waiting))
+        if mute:
+            raise EngineError(shut_off(f"node {silent} of the cluster"))
         if waiting:
-            silent = ", ".join(node[:6] for node, ref in asked.items() if ref in waiting)
             raise EngineError(
                 f"nodes {silent} of the cluster did not answer within {seconds:.0f} s: take them out of it"
             )
         answers = {}
-        for node, ref in asked.items():
+        for node, stream in asked.items():
             try:
-                answers[node] = self.ray.get(ref)
+                answers[node] = self.ray.get(next(stream), timeout=seconds)
             except (self.ray.exceptions.NodeDiedError, self.ray.exceptions.TaskUnschedulableError):
                 continue
         return answers
@@ -320,7 +326,7 @@ class RayEngine(Engine):
             return {}
         wanted: set[str] = {file.path for file in files}
         if self.look:
-            asked = self._on_each(self._ids, missing_here, files, seconds=PROBE_SECONDS)
+            asked = self._on_each(self._ids, _missing_here, files, seconds=PROBE_SECONDS)
             wanted = {path for missing in asked.values() for path in missing}
         found = {}
         with self.turn:
@@ -365,6 +371,8 @@ class RayEngine(Engine):
 
     def _check_patience(self, stream: Any, order: Order, placed: str | None, heard: float) -> None:
         """Raises where a task has waited, or has been silent, for too long."""
+        if is_mute(self.ray, stream):
+            raise self.ray.exceptions.GetTimeoutError(shut_off(placed or "a machine"))
         now = time.monotonic()
         if placed is None and now - self._heard > ROOM_SECONDS:
             raise EngineError(
@@ -414,22 +422,29 @@ def _run_order(payload: dict[str, Any], contents: dict[str, list[Any]]) -> Itera
         yield event
 
 
-def _remove_scratch(run: str) -> None:
+def _missing_here(files: list[Needed]) -> Iterator[list[str]]:
+    """Runs on every machine before an order that needs files."""
+    yield missing_here(files)
+
+
+def _remove_scratch(run: str) -> Iterator[None]:
     """Runs on every machine at the end."""
     import ray
 
     remove_scratch(run, ray.get_runtime_context().get_node_id())
+    yield None
 
 
-def _describe() -> Callable[[str, int | None], dict[str, Any]]:
+def _describe() -> Callable[[str, int | None], Iterator[dict[str, Any]]]:
     """A function that travels by value, so that a machine without recollect can say so."""
 
-    def describe(device: str, threads: int | None) -> dict[str, Any]:
+    def describe(device: str, threads: int | None) -> Iterator[dict[str, Any]]:
         try:
             from recollect.suites.engines.node import describe_node
         except ImportError as error:
-            return {"missing": f"{type(error).__name__}: {error}"}
-        return describe_node(device, threads)
+            yield {"missing": f"{type(error).__name__}: {error}"}
+        else:
+            yield describe_node(device, threads)
 
     return describe
 
