@@ -25,6 +25,10 @@ from recollect.memory_backends.triton_search import FusedSearch
 K = 32
 TARGET_SIZE = (64, 65536, 512, 128)
 """Memories, keys, queries and dimension that the targets are for."""
+APPROXIMATE = (
+    "approx-topk",
+    *(f"approx-topk:first_pass={kind},recall_target=0.99" for kind in ("bfloat16", "int8", "float8")),
+)
 TARGETS = {
     "exact over bare bf16 matmul": (2.0, "at most"),
     "torch fp32 matmul and topk over exact": (4.0, "at least"),
@@ -85,8 +89,9 @@ def fixed_tiles(tiles: dict[str, int] | None = None) -> Iterator[None]:
         fused_module.TUNED, fused_module.UNTUNED_TILES = before
 
 
-def check_fused(device: torch.device, *, small: bool) -> list[dict[str, Any]]:
-    """The kernels' answers are those of a plain fp32 search, for kinds of keys, metrics, types, sizes."""
+def check_fused(device: torch.device, *, small: bool, share: int = 0, shares: int = 1) -> list[dict[str, Any]]:
+    """The kernels' answers are those of a plain fp32 search, for kinds of keys, metrics, types, sizes; or the part of
+    these cases that falls to one of several `shares`."""
     keys, queries, memories = (600, 2, 2) if small else (5000, 64, 3)
     cases = [(kind, "inner_product", "float16", 64, K) for kind in distributions(1, 8, 4, torch.device("cpu"))]
     cases += [("random", "l2", first_pass, 128, K) for first_pass in FIRST_PASSES]
@@ -94,7 +99,7 @@ def check_fused(device: torch.device, *, small: bool) -> list[dict[str, Any]]:
     cases += [("attention-like", "l2", "bfloat16", 24, 1), ("random", "inner_product", "float16", 24, 256)]
     rows = []
     with fixed_tiles():
-        for kind, metric, first_pass, dim, k in cases[::3] if small else cases:
+        for kind, metric, first_pass, dim, k in (cases[::3] if small else cases)[share::shares]:
             stored = distributions(memories, keys, dim, device)[kind]
             row = {"keys": kind, "metric": metric, "first_pass": first_pass, "dim": dim, "k": k}
             try:
@@ -155,9 +160,7 @@ def time_search(
     }
     skipped, recalls = {}, {}
     truth = backend.search(asked, K).scores[..., -1:] - 1e-4
-    approximate = ["approx-topk"]
-    approximate += [f"approx-topk:first_pass={kind},recall_target=0.99" for kind in ("bfloat16", "int8", "float8")]
-    for spec in approximate:
+    for spec in APPROXIMATE:
         try:
             other = make_backend(spec, **settings)
             other.add(stored)

@@ -1,11 +1,16 @@
-"""The tiles part of gpu_check.py: what each choice of tiles makes of the fused search's scan. Not run by itself."""
+"""The tiles part of gpu_check.py: what each choice of tiles makes of the fused search's scan; and compiling for all its
+parts by several processes. Not run by itself.
+"""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_search import K, fixed_tiles, kernels_ms
+from gpu_search import APPROXIMATE, K, check_fused, fixed_tiles, kernels_ms
 
 from recollect.memory_backends import make_backend
 from recollect.memory_backends.triton_topk import TILES, interpreted
@@ -42,3 +47,25 @@ def time_tiles(device: torch.device, memories: int, keys: int, queries: int, dim
 def _built(kernel: Any) -> dict[Any, Any]:
     """What Triton has built of a kernel in this process, on this device."""
     return {key: one for caches in kernel.device_caches.values() for key, one in caches[0].items()}
+
+
+def compile_ahead(script: Path, processes: int) -> None:
+    """Fills the folder where Triton keeps what it compiled, by several processes that each run a share of the work.
+
+    A share that fails is no harm: what it lacks is compiled, or fails and is told, where it is used.
+    """
+    commands = [[sys.executable, str(script), "--share", f"{share}/{processes}"] for share in range(processes)]
+    for process in [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands]:
+        process.wait()
+
+
+def compile_share(device: torch.device, sizes: list[tuple[int, int, int, int]], share: int, shares: int) -> None:
+    """Runs every kernel of a share of the searches and cases once."""
+    work = [(size, spec, tiles) for size in sizes for spec in ("exact", *APPROXIMATE) for tiles in TILES]
+    for (_, keys, queries, dim), spec, (block_q, block_n, warps, stages) in work[share::shares]:
+        tiles = {"BLOCK_Q": block_q, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+        with fixed_tiles(tiles):
+            backend = make_backend(spec, num_memories=2, capacity=keys, dim=dim, device=device)
+            backend.add(torch.randn(2, keys, dim, device=device))
+            backend.search(torch.randn(2, queries, dim, device=device), K)
+    check_fused(device, small=False, share=share, shares=shares)

@@ -37,6 +37,8 @@ RESULT = Path(__file__).parent / "results" / "random_operations.json"
 PARTS = "run_size=16,part_size=48,fan_out=3"
 SPECS = (
     "exact",
+    "approx-topk",
+    f"rerank:source='hnswlib:{PARTS}',candidates=16",
     "faiss-flat",
     "faiss-ivf:nlist=4,nprobe=2",
     "faiss-ivfpq:nlist=4,nprobe=3,nbits=4",

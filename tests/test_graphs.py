@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -83,3 +86,15 @@ def test_ef_below_k_is_raised_to_k() -> None:
         backend = make_backend(spec, num_memories=1, capacity=256, dim=8)
         backend.add(vectors(1, 256, 8))
         assert (backend.search(vectors(1, 9, 8, seed=1), 64).slots >= 0).all()
+
+
+def test_faiss_hnsw_is_searched_beside_torch_tensors_in_faiss() -> None:
+    pytest.importorskip("faiss")
+    # The import changes faiss's classes for good: in a process of its own.
+    program = (
+        "import torch, faiss, faiss.contrib.torch_utils; from recollect import make_backend; "
+        "m = make_backend('faiss-hnsw:ef_search=9', num_memories=1, capacity=512, dim=8); "
+        "m.add(torch.randn(1, 512, 8)); print(bool((m.search(torch.randn(1, 9, 8), 5).slots >= 0).all()))"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert answer.stdout.strip() == "True", answer.stderr[-2000:]

@@ -78,7 +78,9 @@ class FaissHnsw(SegmentedBackend):
         set_faiss_threads(self.faiss, library_threads())
         parameters = self.faiss.SearchParametersHNSW()
         parameters.efSearch = max(k, self.options.ef_search)
-        distances, positions = index.search(queries, k, params=parameters)
+        # `faiss.contrib.torch_utils`, which a program may import, puts a `search` without parameters in its place.
+        search = getattr(index, "search_numpy", index.search)
+        distances, positions = search(queries, k, params=parameters)
         scores = as_scores(distances, self.metric)
         return (scores if mean is None else scores + (queries @ mean)[:, None]), positions
 
