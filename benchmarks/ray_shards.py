@@ -140,6 +140,10 @@ def measure(backend: str, capacity: int, arguments: argparse.Namespace, progress
     for _ in range(arguments.append_rounds):
         for name, memory in memories.items():
             rates[name].append(append_rate(memory, steps))
+    # Before anything is killed: memories share processes, so what ends one shard has others filled anew.
+    bytes_of_a_step = {
+        name: moved(memory, steps[0], queries) for name, memory in memories.items() if isinstance(memory, Ray)
+    }
     rows = []
     for name, memory in memories.items():
         ratio = ratio_interval(times[name], times[IN_PROCESS])
@@ -155,7 +159,7 @@ def measure(backend: str, capacity: int, arguments: argparse.Namespace, progress
             "noisy": reference.noisy,
         }
         if isinstance(memory, Ray):
-            row["bytes_of_a_step"] = moved(memory, steps[0], queries)
+            row["bytes_of_a_step"] = bytes_of_a_step[name]
             shard = len(memory.shards.links) - 1
             row["process_killed"] = killed(memory, lambda m=memory, s=shard: os.kill(process_of(m, s), signal.SIGKILL))
             if nodes.address and nodes.can_kill():
