@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -203,7 +204,8 @@ class TritonKeys:
 
     def _renew(self, rounds: int, slots: Tensor, rows: Tensor) -> None:
         """Takes the bounds anew of every run that any of `slots` falls into."""
-        for run in torch.unique(slots // (LANES * rounds)).tolist():
+        # Not torch.unique, which sorts: the card would wait for it.
+        for run in np.flatnonzero(np.bincount((slots // (LANES * rounds)).numpy().ravel())).tolist():
             self._bounds[rounds][rows, :, run * LANES : (run + 1) * LANES] = self._bounds_of_run(run, rounds, rows)
 
     def _bounds_of_run(self, run: int, rounds: int, rows: Tensor | None) -> Tensor:

@@ -39,8 +39,9 @@ class RelativePositionBias(nn.Module):
     def forward(self, tokens: int, cached: int) -> Tensor:
         """Bias (H, T, X+T) for T = `tokens` queries over X = `cached` older keys and the segment; the future: -inf.
 
-        It is a view: rows overlap in memory, each a step further along the biases of all distances. To look up every
-        pair by itself costs little forward, but its gradient adds millions of numbers into a few, one after another.
+        Its rows are windows on the biases of all distances, each a step further along. To look up every pair by itself
+        costs little forward, but its gradient adds millions of numbers into a few, one after another: on a GPU that was
+        nine tenths of a training step.
         """
         lookup = (tokens, cached, self.weight.device)
         if lookup not in self._known:
