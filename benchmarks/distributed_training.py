@@ -14,7 +14,8 @@ gradients are summed over the ranks), the optimisers (in which matrices are hand
 step for whoever is slower; and, on Linux, whether the process ran, gave its core to its own sending and receiving
 threads, had it taken by other programs, or slept until the other rank's numbers came. A program that may run on any
 core halves the speed of one rank, for which the other waits, and leaves the lone process undisturbed: where others took
-more than a twentieth of the time, it is said, and the ratio is not one of an idle machine.
+more than a twentieth of the time, it is said, and the ratio is not one of an idle machine. The rounds in which they
+took less have ratios of their own then.
 
 Writes benchmarks/results/distributed_training.json.
 """
@@ -53,6 +54,8 @@ from recollect.suites.scheduling import DISTURBED_SHARE, Spent, between, disturb
 RESULT = Path(__file__).parent / "results" / "distributed_training.json"
 TARGET = 1.7
 STEPS_OF_A_ROUND = 3
+QUIET_ROUNDS = 5
+"""The fewest undisturbed rounds that have ratios of their own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,9 +211,21 @@ def compare(tokens: int, alone: list[Round], together: list[list[Round]], apart:
     ratio = ratio_interval(lone, [each.spent.wall for each in together[0]])
     machine = summed_ratio(lone, [[each.spent.wall for each in rounds] for rounds in apart])
     ranks = [medians(rounds) for rounds in together]
-    slowest = max(float(each["processor_ms"] or 0.0) for each in ranks)
+    lone_processor, *processor = (
+        float(np.median([each.processor for each in rounds])) for rounds in (alone, *together, *apart)
+    )
     everyone = [total(rounds) for rounds in (alone, *together, *apart)]
     told = all(each.others is not None for each in everyone)
+    in_quiet: dict[str, Any] = {}
+    quiet = [
+        turns for turns in zip(alone, *together, *apart, strict=True) if not disturbed(turn.spent for turn in turns)
+    ]
+    if told and len(quiet) >= QUIET_ROUNDS:
+        first, *rest = ([turn.spent.wall for turn in side] for side in zip(*quiet, strict=True))
+        in_quiet = {
+            "ratio": _figures(ratio_interval(first, rest[0])),
+            "machine_ratio": _figures(summed_ratio(first, rest[len(together) :])),
+        }
     return {
         "alone": {"tokens_per_second": round(tokens / float(np.median(lone)), 1), **medians(alone)},
         "together": {
@@ -220,11 +235,14 @@ def compare(tokens: int, alone: list[Round], together: list[list[Round]], apart:
         "apart": {"ranks": [medians(rounds) for rounds in apart]},
         "ratio": round(ratio.value, 3),
         "ratio_interval": [round(ratio.low, 3), round(ratio.high, 3)],
-        "processor_ratio": round(float(medians(alone)["processor_ms"] or 0.0) / slowest, 3),
+        "processor_ratio": round(lone_processor / max(processor[: len(together)]), 3),
         "machine_ratio": round(machine.value, 3),
         "machine_ratio_interval": [round(machine.low, 3), round(machine.high, 3)],
+        "machine_processor_ratio": round(sum(lone_processor / each for each in processor[len(together) :]), 3),
         "others_share": round(max(each.others_share for each in everyone), 3) if told else None,
         "disturbed": disturbed(everyone) if told else None,
+        "quiet_rounds": len(quiet) if told else None,
+        "in_quiet_rounds": in_quiet or None,
     }
 
 
@@ -232,6 +250,10 @@ def summed_ratio(alone: list[float], apart: list[list[float]]) -> Ratio:
     """How many times the work of one all ranks do side by side: the sum over them of its time over theirs."""
     ratios = np.sum([np.asarray(alone) / np.asarray(times) for times in apart], axis=0)
     return Ratio(float(np.median(ratios)), *median_interval(ratios))
+
+
+def _figures(ratio: Ratio) -> list[float]:
+    return [round(value, 3) for value in (ratio.value, ratio.low, ratio.high)]
 
 
 def total(rounds: list[Round]) -> Spent:
@@ -282,6 +304,7 @@ def show(result: dict[str, Any]) -> None:
         f"{result['machine_ratio']:.3f} times ({low:.3f} to {high:.3f}) is what this machine gives to {count} "
         "processes that train side by side and exchange nothing"
     )
+    console.print(f"{result['machine_processor_ratio']:.3f} times by processor time, of these")
     if result["disturbed"] is None:
         console.print("This system does not tell whether other programs had the processes' cores.")
     elif result["disturbed"]:
@@ -289,6 +312,15 @@ def show(result: dict[str, Any]) -> None:
             f"Not an idle machine: other programs had a process's core for {result['others_share']:.0%} of its time "
             f"(more than {DISTURBED_SHARE:.0%}). The ratio is theirs as well: end them, and measure again."
         )
+        console.print(f"Rounds in which they took less: {result['quiet_rounds']} of {result['rounds']}.")
+        if result["in_quiet_rounds"]:
+            (ratio, *interval), (machine, *bounds) = (
+                result["in_quiet_rounds"][name] for name in ("ratio", "machine_ratio")
+            )
+            console.print(
+                f"In these: {ratio:.3f} times the tokens a second ({interval[0]:.3f} to {interval[1]:.3f}); "
+                f"{machine:.3f} ({bounds[0]:.3f} to {bounds[1]:.3f}) side by side."
+            )
     if result["noisy"]:
         console.print("The machine was busy: its reference operation varied. Look at the interval.")
 
