@@ -24,8 +24,7 @@ ray = pytest.importorskip("ray")
 
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from recollect.memory_backends import make_backend  # noqa: E402
-from recollect.memory_backends.ray_session import SESSION  # noqa: E402
+from recollect.memory_backends.ray_session import SESSION, Placement  # noqa: E402
 from recollect.memory_backends.ray_token import mode  # noqa: E402
 from recollect.suites import comparison  # noqa: E402
 from recollect.suites.ablation import runner  # noqa: E402
@@ -123,6 +122,14 @@ def local(options: CompareOptions) -> Path:
     return output
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_asv() -> Iterator[None]:
+    """Comparisons here write no files for asv, which takes seconds to say what benchmarks there are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison._Comparison, "_write_asv", lambda *_: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def cluster(folder: Path) -> Iterator[Cluster]:
     """Two nodes of one CPU each."""
@@ -213,8 +220,9 @@ def test_what_a_former_ray_of_this_process_settled_is_forgotten(
 ) -> None:
     monkeypatch.delenv("RAY_AUTH_MODE")
     monkeypatch.setenv("HOME", str(tmp_path))
-    with make_backend("ray:shards=1", num_memories=1, capacity=4, dim=2):
-        assert mode() == "token"
+    lease = SESSION.lease("local", Placement(), 0, "nothing", 60.0)  # what a memory begins with
+    assert mode() == "token"
+    SESSION.give_back(lease)
     assert not [name for name in os.environ if name.startswith("RAY_AUTH_")]
     assert not (tmp_path / ".ray").exists(), "a token outlived its Ray"
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # as this cluster has it

@@ -286,7 +286,7 @@ from recollect.memory_backends.ray_session import SESSION
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
 mine = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
 ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, _temp_dir={folder!r})
-with make_backend("ray:shards=2", num_memories=1, capacity=100, dim=8) as memory:
+with make_backend("ray:shards=1", num_memories=1, capacity=100, dim=8) as memory:
     memory.add(torch.randn(1, 15, 8))
     memory.search(torch.randn(1, 5, 8), 3)
 assert ray.is_initialized(), "the program's own connection is its own"
