@@ -25,8 +25,17 @@ OBJECT_STORE_BYTES = 1 << 30
 """Of an embedded Ray at most: what is on its way to shards lies there, never the keys themselves."""
 LONGEST_FOLDER = 40
 """Ray makes sockets below its folder, and the path of a socket has 107 letters at most."""
-_WATCHER = 'cat >/dev/null; for second in 1 2 3 4 5 6 7 8; do sleep 1; rm -rf -- "$1"; done'
-"""Waits until this process is gone, and for Ray's processes to be."""
+_WATCHER = """
+cat >/dev/null
+away=0
+for second in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16; do
+  sleep 1
+  if [ -e "$1" ]; then away=0; rm -rf -- "$1"; else away=$((away + 1)); fi
+  [ "$away" -lt 3 ] || exit 0
+done
+"""
+"""Waits until this process is gone, then removes the folder until Ray's processes, which are ending, bring it back no
+more."""
 
 Result = TypeVar("Result")
 
