@@ -13,6 +13,7 @@ know of. Writes benchmarks/results/plan_cluster_check.json.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 from collections.abc import Callable
@@ -69,10 +70,12 @@ def run(backend: str, keys: int, shards: int, rounds: int, seconds: float) -> di
         for start in range(0, keys, FILLED_AT_ONCE):
             memory.add(stream.keys(start, min(FILLED_AT_ONCE, keys - start)))
         memory.wait()
-        queries, new, last = stream.queries(keys, QUERIES), stream.keys(keys, QUERIES), stream.queries(keys, 1)
+        queries, last = stream.queries(keys, QUERIES), stream.queries(keys, 1)
+        # Other keys each time: the same ones again and again would be the best a hundred times over for some queries.
+        fresh = iter(stream.keys(keys, (rounds + 2) * APPENDS * QUERIES).split(QUERIES, dim=1))
 
         def append() -> None:
-            for _ in range(APPENDS):
+            for new in itertools.islice(fresh, APPENDS):
                 memory.add(new)
             memory.search(last, 1)  # which waits for all of them
 
@@ -89,7 +92,7 @@ def run(backend: str, keys: int, shards: int, rounds: int, seconds: float) -> di
         times = interleave(calls, rounds=rounds, least=4, seconds=seconds)
         before = link.shards.moved_bytes
         memory.search(queries, K)
-        memory.add(new)
+        memory.add(next(fresh))
         memory.search(last, 1)
         after = link.shards.moved_bytes
         memory.search(last, 1)
