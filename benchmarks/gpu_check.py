@@ -37,7 +37,7 @@ from recollect.memory_backends.atomic import write_json
 from recollect.model.configuration import ModelConfig
 from recollect.model.gates import GATES
 from recollect.model.transformer import MemorizingTransformer
-from recollect.suites.environment import commit_of, library_versions
+from recollect.suites.provenance import describe
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -251,20 +251,12 @@ def main() -> int:
     rounds = 3 if small else 10
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     console = Console(stderr=True)
-    started = datetime.datetime.now(datetime.UTC)
     slug = "".join(letter if letter.isalnum() else "-" for letter in card.lower()).strip("-")
     output = None if str(arguments.output) == "-" else arguments.output or RESULTS / f"gpu_check-{slug}.json"
     results: dict[str, Any] = {}
     if output is not None and output.exists() and set(arguments.parts) != set(PARTS):
         results = json.loads(output.read_text(encoding="utf-8"))
-    about = {
-        "date": started.isoformat(timespec="seconds"),
-        "card": card,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "libraries": library_versions(),
-        "commit": commit_of(),
-    }
+    about = {**describe(device=str(device), seed=0), "card": card}
     search_sizes = [(2, 4096, 64, 64)] if small else [TARGET_SIZE, (64, 8192, 512, 128), (8, 65536, 512, 64)]
     index_size = {"memories": 1, "keys": 2048, "queries": 32, "dim": 16}
     if not small:
@@ -299,7 +291,9 @@ def main() -> int:
             results[name] = tried(measure)
         seconds = (datetime.datetime.now(datetime.UTC) - begun).total_seconds()
         console.print(f"{name}: {seconds:.0f} s")
-        results.setdefault("measured", {})[name] = {**about, "seconds": seconds}
+        results["provenance"] = about
+        when = {"date": about["date"], "commit": about["commit"], "seconds": seconds}
+        results.setdefault("measured", {})[name] = when
         results["verdicts"] = verdicts(results)
         if output is not None:
             write_json(output, results)
