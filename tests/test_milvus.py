@@ -366,7 +366,8 @@ def test_nothing_is_left_of_a_process_that_ends(tmp_path: Path) -> None:
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert ended.returncode == 0, ended.stderr
     assert "torch.Size([1, 1, 1])" in ended.stdout
-    assert ended.stderr == ""
+    told = [line for line in ended.stderr.splitlines() if "chttp2_transport" not in line]  # gRPC's own log
+    assert told == []
     assert not list(tmp_path.glob("recollect-milvus-*")), "the one that was killed is swept up as well"
 
 

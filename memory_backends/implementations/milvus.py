@@ -156,6 +156,8 @@ class Milvus(MemoryBackend):
 
     def __init__(self, options: Any = None, **arguments: Any) -> None:
         super().__init__(options, **arguments)
+        # gRPC, which reads this once, tells of every connection that ends; what matters to the caller is raised here.
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
         self.import_library("pymilvus")
         fresh = not self.options.uri
         if is_lite(self.options.uri):
