@@ -192,7 +192,7 @@ def _encode_queries(keys: TritonKeys, queries: Tensor, memories: list[int]) -> t
         HAS_SCALES=scales is not None,
         LARGEST=float(torch.iinfo(kind).max if kind == torch.int8 else torch.finfo(kind).max),
         ROUNDED=kind == torch.int8,
-        ROWS=power_of_two(several),
+        ROWS=several,
         num_warps=4,
     )
     return codes, scales, bounds
@@ -338,7 +338,6 @@ class _Search:
             num_warps=SCORE_WARPS,
             **common,
         )
-        several = 16 if interpreted() else 1
         self.kernels.keep_best[(-(-group * count // several),)](
             candidates,
             counts,

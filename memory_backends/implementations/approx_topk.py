@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from recollect.memory_backends import cpu_search
-from recollect.memory_backends.base import Capabilities, MemoryBackend
+from recollect.memory_backends.base import Capabilities
 from recollect.memory_backends.block_topk import select_top
 from recollect.memory_backends.errors import InvalidInput, InvalidSpec, UnsupportedOperation
-from recollect.memory_backends.key_ring import KeyRing
+from recollect.memory_backends.fused_backend import FusedBackend
 from recollect.memory_backends.options import KeyStorageOptions
 from recollect.memory_backends.ring_search import search_ring
 from recollect.memory_backends.triton_keys import LANES as GPU_LANES
@@ -147,7 +147,7 @@ class ApproxTopKOptions(KeyStorageOptions):
             )
 
 
-class ApproxTopK(MemoryBackend):
+class ApproxTopK(FusedBackend):
     """The best keys of L buckets: recall by formula, no index to build, any device."""
 
     name = "approx-topk"
@@ -164,26 +164,12 @@ class ApproxTopK(MemoryBackend):
         super().__init__(options, **arguments)
         first_pass = self.options.first_pass
         self.fused = FusedSearch.where_usable(self.ring, self.metric, first_pass=first_pass, guard=False)
-        """Images of the keys for the search on a card; None where there is none."""
         if self.fused is None and first_pass != ApproxTopKOptions().first_pass:
             raise UnsupportedOperation(
                 f"'approx-topk': first_pass={first_pass} is an option of the search on a card of compute capability "
                 f"{'.'.join(map(str, OLDEST_CARD))} or above, with triton installed and room for {FEWEST_KEYS} to "
                 f"{MOST_KEYS} keys; this memory is on {str(self.device)!r} with capacity={self.capacity}: leave it out"
             )
-
-    @property
-    def checks_late(self) -> bool:
-        return self.fused is not None
-
-    def _read_from(self, ring: KeyRing) -> None:
-        super()._read_from(ring)
-        if self.fused is not None:
-            self.fused.ring = ring
-
-    def _add(self, keys: Tensor, slots: Tensor, memories: Tensor) -> None:
-        if self.fused is not None:
-            self.fused.add(keys, slots, memories)
 
     def _search(self, queries: Tensor, k: int, memories: Tensor) -> tuple[Tensor, Tensor]:
         lengths = self.ring.lengths[memories].tolist()
@@ -224,19 +210,8 @@ class ApproxTopK(MemoryBackend):
         scores, slots = search_ring(self.ring, queries, fetch, memories, lengths, self.metric)
         return (scores, slots) if buckets >= keys else first_of_buckets(scores, slots, k, buckets=buckets)
 
-    def _reset(self, memories: Tensor) -> None:
-        if self.fused is not None:
-            self.fused.reset(memories)
-
     def _buckets(self, k: int, keys: int) -> int:
         return self.options.buckets or buckets_for(self.options.recall_target, k, keys)
-
-    @classmethod
-    def _planned_index_bytes(cls, options: Any, *, capacity: int, dim: int, metric: str) -> int:
-        return 0  # Images of keys lie on a card, not in main memory.
-
-    def _index_bytes(self) -> int:
-        return 0 if self.fused is None else self.fused.nbytes
 
 
 def _fused_shape(shortest: int, longest: int, k: int, buckets: int) -> Shape | None:
